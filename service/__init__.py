@@ -1,0 +1,1 @@
+"""Crossgate: a two-stage server for vision-language models that see through cross-attention."""

@@ -1,0 +1,147 @@
+"""What the gateway and the two stages say to each other: types, tensor names, and the axis key.
+
+Axes: B sequences · N flat tokens of a step · L text tokens · T pictures · S pictures sent along · P patches ·
+R latents of a picture · D text width · E vision width · H query heads · K KV heads · C head width · V vocabulary.
+
+`vision_encoder`  in  `pixels` UINT8 [B, 3, H, W]      out `latents` FP32 (FP16 on GPU) [B, R, E]
+`fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` BYTES [T] · `image_positions` INT32 [T] ·
+                      `latents` [S, R, E] and `latent_index` INT32 [S] (which of the T pictures; both absent if S = 0) ·
+                      `sampling` BYTES [1], JSON of SamplingParams
+                  out `token_ids` INT32 [n] · `event` BYTES [1], JSON of TokenEvent without its token ids
+                  `image_keys` and `image_positions` are absent when T = 0. `token_ids` holds one 0 that counts for
+                  nothing when an event carries no token (Triton drops empty outputs); the event's `num_tokens` rules.
+
+Knows nothing of HTTP, torch or Triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from service.errors import InvalidRequest
+
+VISION_ENCODER = "vision_encoder"
+FUSED_DECODER = "fused_decoder"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an EOS or stop token id, or (gateway) a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. `temperature` 0 is greedy; `top_k` None and `top_p` 1.0 are off.
+
+    `seed` None draws a fresh one. `stop_token_ids` end a sequence beside the checkpoint's EOS ids, whose ids are
+    not to be listed here; the token that ended a sequence is delivered. `ignore_eos` turns EOS off, for benchmarks.
+    `stream` False asks for one message at the end.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    stream: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest naming the field that is out of range."""
+        if self.max_tokens < 1:
+            raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
+        if not 0.0 <= self.temperature <= 2.0:
+            raise InvalidRequest("temperature must be between 0 and 2.", param="temperature")
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidRequest("top_k must be at least 1.", param="top_k")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequest("top_p must be above 0 and at most 1.", param="top_p")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InvalidRequest("seed must be between 0 and 2**63 - 1.", param="seed")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SamplingParams:
+        """Raises InvalidRequest for broken JSON, unknown fields and values out of range."""
+        try:
+            fields = json.loads(text)
+            fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
+            return cls(**fields)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest("sampling must be a JSON object of SamplingParams.", param="sampling") from error
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took. `cached_images`: distinct pictures whose K/V was already in the decoder's pool."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    images: int = 0
+    cached_images: int = 0
+    cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds. `queue_ms`: arrival to first schedule; `prefill_ms`: to first token; `decode_ms`: to the last."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """Tokens that became ready together. The last one of a request has a finish reason, usage and timings.
+
+    The first event may come before any token (`token_ids` empty): it says that the request was admitted.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+    def to_json(self) -> str:
+        """Everything but the token ids, which travel as a tensor."""
+        fields: dict[str, Any] = {"num_tokens": len(self.token_ids)}
+        if self.finish_reason is not None:
+            fields["finish_reason"] = self.finish_reason
+        if self.usage is not None:
+            fields["usage"] = dataclasses.asdict(self.usage)
+        if self.timings is not None:
+            fields["timings"] = dataclasses.asdict(self.timings)
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, token_ids: list[int]) -> TokenEvent:
+        fields = json.loads(text)
+        return cls(
+            token_ids=tuple(token_ids[: fields["num_tokens"]]),
+            finish_reason=FinishReason(fields["finish_reason"]) if "finish_reason" in fields else None,
+            usage=Usage(**fields["usage"]) if "usage" in fields else None,
+            timings=Timings(**fields["timings"]) if "timings" in fields else None,
+        )
+
+
+@dataclass(frozen=True)
+class ValidRequest:
+    """A request past every check: what the fused decoder needs, less the latents.
+
+    `image_positions[t]` is the index in `input_ids` of the image token of picture t, ascending; `image_keys[t]` its
+    content key (64 hex digits). The same key may stand several times.
+    """
+
+    input_ids: tuple[int, ...]
+    image_keys: tuple[str, ...] = ()
+    image_positions: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)

@@ -1,0 +1,115 @@
+"""The tensors of one step, made from its chunks: flat tokens, no padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.decoder.kv_blocks import BLOCK_SIZE
+from service.decoder.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class PrefillSpan:
+    """A chunk of several tokens: flat rows [row, row + count), attending causally to `length` tokens of its blocks."""
+
+    row: int
+    count: int
+    length: int
+    blocks: Tensor  # int64 [blocks]
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The chunks of one token: each row attends to the first `lengths` tokens of its blocks."""
+
+    rows: Tensor  # int64 [B]
+    block_table: Tensor  # int64 [B, max blocks], padded with block 0
+    lengths: Tensor  # int64 [B]
+
+
+@dataclass(frozen=True)
+class SightGroup:
+    """G sets of n tokens that see the same number of pages: rows int64 [G, n], pages int64 [G, pages]."""
+
+    rows: Tensor
+    pages: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N]
+    slots: Tensor  # int64 [N], where each token's self-K/V goes: block * BLOCK_SIZE + offset
+    prefills: list[PrefillSpan]
+    decodes: DecodeRows | None
+    sight_groups: list[SightGroup]
+    sees: Tensor  # bool [N, 1]
+    logits_rows: Tensor  # int64 [B'], rows whose logits are wanted, in the order of the chunks that sample
+
+
+def make_batch(chunks: list[Chunk], device: torch.device) -> Batch:
+    input_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sees: list[bool] = []
+    logits_rows: list[int] = []
+    prefills: list[PrefillSpan] = []
+    decodes: list[tuple[int, list[int], int]] = []
+    rows_of_pages: dict[tuple[int, ...], list[int]] = {}
+    for chunk in chunks:
+        sequence, row = chunk.sequence, len(input_ids)
+        for position in range(chunk.start, chunk.start + chunk.count):
+            pages = sequence.pages(position)
+            if pages:
+                rows_of_pages.setdefault(pages, []).append(len(positions))
+            sees.append(bool(pages))
+            positions.append(position)
+            slots.append(sequence.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        input_ids += sequence.token_ids[chunk.start : chunk.start + chunk.count]
+        length = chunk.start + chunk.count
+        blocks = sequence.block_table[: -(-length // BLOCK_SIZE)]
+        if chunk.count == 1:
+            decodes.append((row, blocks, length))
+        else:
+            prefills.append(PrefillSpan(row, chunk.count, length, torch.tensor(blocks, device=device)))
+        if chunk.samples:
+            logits_rows.append(length - chunk.start + row - 1)
+    return Batch(
+        input_ids=torch.tensor(input_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots, device=device),
+        prefills=prefills,
+        decodes=_decode_rows(decodes, device) if decodes else None,
+        sight_groups=_sight_groups(rows_of_pages, device),
+        sees=torch.tensor(sees, device=device)[:, None],
+        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+    )
+
+
+def _decode_rows(decodes: list[tuple[int, list[int], int]], device: torch.device) -> DecodeRows:
+    width = max(len(blocks) for _, blocks, _ in decodes)
+    return DecodeRows(
+        rows=torch.tensor([row for row, _, _ in decodes], device=device),
+        block_table=torch.tensor([blocks + [0] * (width - len(blocks)) for _, blocks, _ in decodes], device=device),
+        lengths=torch.tensor([length for _, _, length in decodes], device=device),
+    )
+
+
+def _sight_groups(rows_of_pages: dict[tuple[int, ...], list[int]], device: torch.device) -> list[SightGroup]:
+    """Tokens that see the same pages attend in one call; so do sets of equal size and equal page count.
+
+    Decodes that look at one hot picture become one group of one set, decodes at distinct pictures one group of many.
+    """
+    buckets: dict[tuple[int, int], list[tuple[tuple[int, ...], list[int]]]] = {}
+    for pages, rows in rows_of_pages.items():
+        buckets.setdefault((len(rows), len(pages)), []).append((pages, rows))
+    return [
+        SightGroup(
+            rows=torch.tensor([rows for _, rows in sets], device=device),
+            pages=torch.tensor([pages for pages, _ in sets], device=device),
+        )
+        for sets in buckets.values()
+    ]

@@ -1,0 +1,198 @@
+"""The decoder engine. One method is the machine: `step` = schedule -> run -> postprocess.
+
+Not thread-safe: one thread owns it (`loop.EngineLoop`). Knows nothing of Triton or HTTP.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.checkpoint import load_weights
+from service.contract import FinishReason, TokenEvent, ValidRequest
+from service.decoder.cross_attention import ImagePages
+from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.kv_blocks import KVBlocks
+from service.decoder.model import Decoder
+from service.decoder.runner import Runner
+from service.decoder.scheduler import Chunk, Scheduler
+from service.decoder.self_kv_cache import SelfKVCache
+from service.decoder.sequence import Sequence
+from service.decoder.settings import DTYPES, DecoderSettings
+from service.errors import CrossgateError, ImageNotResident, InvalidRequest
+from service.families.family import Family
+
+Delivery = tuple[int, TokenEvent | CrossgateError]  # request id, and what to tell it
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges, and counters since the start."""
+
+    num_waiting: int
+    num_running: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    image_pages_used: int
+    image_pages_total: int
+    image_kv_bytes: int  # of resident pictures
+    image_queries: int
+    image_hits: int
+    prefix_queries: int  # prompt tokens
+    prefix_hits: int
+    num_preemptions: int
+    steps: int
+
+
+class Engine:
+    def __init__(self, family: Family, model: Decoder, settings: DecoderSettings) -> None:
+        config, dtype, device = family.decoder, DTYPES[settings.dtype], torch.device(settings.device)
+        num_blocks, num_pages = settings.sized(config)
+        self.family = family
+        self.scheduler = Scheduler(
+            KVBlocks(num_blocks),
+            ImageKVCache(num_pages),
+            settings.max_running,
+            settings.max_waiting,
+            settings.max_step_tokens,
+        )
+        self.runner = Runner(
+            model,
+            SelfKVCache(config, num_blocks, device, dtype),
+            ImagePages(config.cross_attention, num_pages, device, dtype),
+        )
+        self._page_bytes = ImagePages.page_bytes(config.cross_attention, dtype)
+        self._sequences: dict[int, Sequence] = {}
+        self._steps = 0
+
+    @classmethod
+    def from_family(cls, family: Family, settings: DecoderSettings) -> Engine:
+        """Load the decoder's weights. Raises InvalidRequest, in one line, for a checkpoint that does not fit."""
+        with torch.device("meta"):
+            model = Decoder(family.decoder)
+        load_weights(model, family.folder, family.decoder_weight, settings.device, DTYPES[settings.dtype])
+        return cls(family, model.eval(), settings)
+
+    def add(
+        self, request_id: int, request: ValidRequest, latents: Tensor | None = None, latent_index: list[int] = []  # noqa: B006
+    ) -> None:
+        """Queue a request. `latents` [S, R, E] are those of pictures `latent_index` among the request's.
+
+        Raises InvalidRequest, TooLarge, Overloaded, or ImageNotResident if a picture is neither sent nor resident.
+        """
+        sent = self._check(request, latents, latent_index)
+        missing = tuple(k for k in dict.fromkeys(request.image_keys) if k not in sent and k not in self.scheduler.images)
+        if missing:
+            raise ImageNotResident("Pictures are not resident in the decoder.", keys=missing)
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        sequence = Sequence(request_id, request, sent, self.family.see, time.monotonic(), seed)
+        self.scheduler.add(sequence)
+        self._sequences[request_id] = sequence
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request in whatever state and free all that it holds. One that has ended is nobody's business."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def step(self) -> list[Delivery]:
+        """Compute one step. A delivery with a finish reason, or an error, is its request's last."""
+        step = self.scheduler.schedule()
+        deliveries: list[Delivery] = []
+        for sequence, keys in step.lost_images:
+            del self._sequences[sequence.request_id]
+            lost = ImageNotResident("Pictures were evicted while the request waited.", keys=keys)
+            deliveries.append((sequence.request_id, lost))
+        now_s = time.monotonic()
+        for chunk in step.chunks:
+            chunk.sequence.first_scheduled_s = chunk.sequence.first_scheduled_s or now_s
+        token_ids = iter(self.runner.run(step))
+        for chunk in step.chunks:
+            sampling = chunk.samples
+            self.scheduler.computed(chunk)
+            if sampling:
+                delivery = self._advance(chunk, next(token_ids))
+                if delivery is not None:
+                    deliveries.append(delivery)
+        self._steps += 1
+        return deliveries
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            kv_blocks_used=scheduler.blocks.num_used,
+            kv_blocks_total=scheduler.blocks.num_blocks,
+            image_pages_used=scheduler.images.num_held,
+            image_pages_total=scheduler.images.num_pages,
+            image_kv_bytes=scheduler.images.num_resident * self._page_bytes,
+            image_queries=scheduler.num_image_queries,
+            image_hits=scheduler.num_image_hits,
+            prefix_queries=scheduler.num_prefix_queries,
+            prefix_hits=scheduler.num_prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+            steps=self._steps,
+        )
+
+    def _advance(self, chunk: Chunk, token_id: int) -> Delivery | None:
+        """Append a sequence's new token; tell its request, and end it if this was its last."""
+        sequence, now_s = chunk.sequence, time.monotonic()
+        sequence.append(token_id)
+        sequence.first_token_s = sequence.first_token_s or now_s
+        reason = self._finish_reason(sequence, token_id)
+        if reason is None and not sequence.sampling.stream:
+            return None
+        token_ids, sequence.unsent = tuple(sequence.unsent), []
+        if reason is None:
+            return sequence.request_id, TokenEvent(token_ids)
+        self.scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
+        return sequence.request_id, TokenEvent(token_ids, reason, sequence.usage(), sequence.timings(now_s))
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.sampling
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if token_id in self.family.eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        if sequence.num_generated >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        if len(sequence.token_ids) >= self.family.decoder.max_positions:
+            return FinishReason.LENGTH
+        return None
+
+    def _check(self, request: ValidRequest, latents: Tensor | None, latent_index: list[int]) -> dict[str, Tensor]:
+        """Refuse what the stage's contract does not allow; returns the latents sent, by key."""
+        config = self.family.decoder
+        if not request.input_ids:
+            raise InvalidRequest("input_ids must hold at least one token.", param="input_ids")
+        if not all(0 <= token < config.vocab_size for token in request.input_ids):
+            raise InvalidRequest(f"input_ids must be from 0 to {config.vocab_size - 1}.", param="input_ids")
+        if len(request.input_ids) >= config.max_positions:
+            raise InvalidRequest(
+                f"The prompt has {len(request.input_ids)} tokens; with one more to generate, at most "
+                f"{config.max_positions} fit the model's context.",
+                param="input_ids",
+            )
+        positions = request.image_positions
+        if len(positions) != len(request.image_keys):
+            raise InvalidRequest("image_positions and image_keys must have the same length.", param="image_positions")
+        if list(positions) != sorted(set(positions)) or not all(0 <= p < len(request.input_ids) for p in positions):
+            raise InvalidRequest("image_positions must ascend within the prompt.", param="image_positions")
+        if latents is None:
+            return {}
+        expected = (config.cross_attention.num_latents, config.cross_attention.vision_width)
+        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected or len(latent_index) != latents.shape[0]:
+            raise InvalidRequest(f"latents must be [len(latent_index), {expected[0]}, {expected[1]}].", param="latents")
+        if not all(0 <= index < len(request.image_keys) for index in latent_index):
+            raise InvalidRequest("latent_index must name pictures of the request.", param="latent_index")
+        return {request.image_keys[index]: latents[row] for row, index in enumerate(latent_index)}

@@ -1,0 +1,195 @@
+"""Which tokens are computed in the next step. Pure accounting, no torch.
+
+First come, first served. A step has a token budget: decodes take theirs first, so that a long prompt, cut into chunks,
+never stalls anybody's tokens; what is left goes to prompts under way, then to newcomers. When self-K/V blocks run out,
+the youngest running sequence gives its blocks up and is computed again later. It keeps its pictures' pages, since
+their latents are gone. Nobody is starved: the running are always older than the waiting, and the oldest can always
+finish, because a request that could never fit is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.kv_blocks import BLOCK_SIZE, KVBlocks
+from service.decoder.sequence import Sequence
+from service.errors import Overloaded, TooLarge
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + count) of a sequence; the last one's logits are wanted if nothing follows it yet."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.start + self.count == len(self.sequence.token_ids)
+
+
+@dataclass
+class Step:
+    chunks: list[Chunk] = field(default_factory=list)
+    image_fills: list[tuple[int, Any]] = field(default_factory=list)  # page, latents: before the chunks are computed
+    lost_images: list[tuple[Sequence, tuple[str, ...]]] = field(default_factory=list)  # evicted while waiting
+
+
+class Scheduler:
+    def __init__(
+        self, blocks: KVBlocks, images: ImageKVCache, max_running: int, max_waiting: int, max_step_tokens: int
+    ) -> None:
+        self.blocks, self.images = blocks, images
+        self.max_running, self.max_waiting, self.max_step_tokens = max_running, max_waiting, max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_image_queries = self.num_image_hits = 0
+        self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises Overloaded when the queue is full, TooLarge if it could never fit."""
+        max_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens
+        if max_tokens > self.blocks.num_blocks * BLOCK_SIZE:
+            raise TooLarge(
+                f"prompt and max_tokens are {max_tokens} tokens; the K/V cache holds "
+                f"{self.blocks.num_blocks * BLOCK_SIZE}.",
+                param="max_tokens",
+            )
+        if len(sequence.distinct_keys) > self.images.num_pages:
+            raise TooLarge(
+                f"{len(sequence.distinct_keys)} pictures; the picture cache holds {self.images.num_pages}.",
+                param="images",
+            )
+        if len(self.waiting) >= self.max_waiting:
+            raise Overloaded("The decoder's queue is full; try again later.", retry_after_s=1)
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Step:
+        step = Step()
+        budget = self._schedule_running(step)
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            count = self._admit(self.waiting[0], budget, step)
+            if count is None:
+                break
+            sequence = self.waiting.popleft()
+            if count > 0:
+                self.running.append(sequence)
+                step.chunks.append(Chunk(sequence, sequence.num_computed, count))
+                budget -= count
+        return step
+
+    def computed(self, chunk: Chunk) -> None:
+        """A chunk's self-K/V is in its blocks: count it, and publish the blocks that it filled."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.start + chunk.count
+        num_full = sequence.num_computed // BLOCK_SIZE
+        hashes = sequence.block_hashes(num_full)
+        for index in range(sequence.num_published, num_full):
+            self.blocks.publish(sequence.block_table[index], hashes[index])
+        sequence.num_published = max(sequence.num_published, num_full)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that finished or was cancelled, in whatever state, and free all that it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release_blocks(sequence)
+        for key in sequence.image_pages:
+            self.images.release(key)
+        sequence.image_pages = {}
+
+    def _schedule_running(self, step: Step) -> int:
+        """Chunks of the running sequences, decodes before prompts; returns the budget left."""
+        budget = self.max_step_tokens
+        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        for sequence in (*decoding, *prefilling):
+            if budget == 0:
+                break
+            if sequence not in self.running:
+                continue  # preempted for an older one in this very step
+            count = min(sequence.num_uncomputed, budget)
+            if self._grow(sequence, count, step):
+                step.chunks.append(Chunk(sequence, sequence.num_computed, count))
+                budget -= count
+        return budget
+
+    def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
+        """Blocks for `count` more tokens, taken from younger sequences if need be. False: itself was preempted."""
+        needed = num_blocks(sequence.num_computed + count) - len(sequence.block_table)
+        while needed > self.blocks.num_free:
+            victim = self.running[-1]
+            self._preempt(victim, step)
+            if victim is sequence:
+                return False
+        if needed > 0:
+            sequence.block_table += self.blocks.allocate(needed)
+        return True
+
+    def _preempt(self, victim: Sequence, step: Step) -> None:
+        self.running.remove(victim)
+        step.chunks = [chunk for chunk in step.chunks if chunk.sequence is not victim]
+        self._release_blocks(victim)
+        self.waiting.appendleft(victim)
+        self.num_preemptions += 1
+
+    def _admit(self, sequence: Sequence, budget: int, step: Step) -> int | None:
+        """Give the first of the waiting what it needs to start; returns how many tokens to compute.
+
+        None: not yet, and nothing was taken. 0: never, its pictures were evicted while it waited.
+        """
+        missing = [key for key in sequence.distinct_keys if key not in self.images and key not in sequence.image_pages]
+        lost = tuple(key for key in missing if key not in sequence.latents)
+        if lost:
+            step.lost_images.append((sequence, lost))
+            return 0
+        if len(missing) > self.images.num_insertable(set(sequence.distinct_keys)):
+            return None
+        num_reusable = (len(sequence.token_ids) - 1) // BLOCK_SIZE  # the last token is always computed: its logits
+        cached = self.blocks.lookup(sequence.block_hashes(num_reusable))
+        num_cached = len(cached) * BLOCK_SIZE
+        count = min(len(sequence.token_ids) - num_cached, budget)
+        needed = num_blocks(num_cached + count) - len(cached)
+        if needed > self.blocks.num_allocatable(cached):
+            return None
+        self.blocks.share(cached)
+        sequence.block_table = cached + self.blocks.allocate(needed)
+        sequence.num_computed = num_cached
+        sequence.num_published = len(cached)
+        self._hold_images(sequence, missing, step)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_cached
+            self.num_prefix_queries += sequence.num_prompt_tokens
+            self.num_prefix_hits += num_cached
+        return count
+
+    def _hold_images(self, sequence: Sequence, missing: list[str], step: Step) -> None:
+        if sequence.image_pages or not sequence.image_keys:
+            return  # kept through a preemption, or none
+        resident = [key for key in sequence.distinct_keys if key not in missing]
+        for key in resident:  # before any insert, which might evict them
+            sequence.image_pages[key] = self.images.hold(key)
+        for key in missing:
+            page = self.images.insert(key)
+            sequence.image_pages[key] = page
+            step.image_fills.append((page, sequence.latents[key]))
+        sequence.latents = {}
+        sequence.num_cached_images = len(resident)
+        self.num_image_queries += len(sequence.distinct_keys)
+        self.num_image_hits += len(resident)
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_published = 0
+
+
+def num_blocks(num_tokens: int) -> int:
+    """How many blocks hold `num_tokens` tokens."""
+    return -(-num_tokens // BLOCK_SIZE)

@@ -1,0 +1,221 @@
+"""What a checkpoint is, in our terms: shapes, picture preprocessing, prompt format, sight rule, weight names.
+
+A family module (`flamingo.py`, `idefics.py`, …) has `MODEL_TYPES` and `load(folder, config) -> Family`. No torch here:
+the gateway reads the same Family as the two stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Sight = tuple[int, ...]  # ordinals (0-based, in prompt order) of the pictures that a token sees; () sees none
+
+
+class Unseen(StrEnum):
+    """What a gated block does for a token that sees no picture (DESIGN: families)."""
+
+    SKIP_BLOCK = "skip_block"  # the whole block: text alone behaves as the frozen LM
+    ZERO_ATTENTION = "zero_attention"  # attention output 0; the gated FFN still runs
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """`kind` "efficientnet_lite" (variant, image_size) or "vit" (the rest). `width`: of the features, per position."""
+
+    kind: str
+    image_size: int
+    width: int
+    num_positions: int  # P, class token included
+    mean: tuple[float, float, float]  # of pixels in 0..1
+    std: tuple[float, float, float]
+    variant: str = ""
+    patch_size: int = 0
+    num_layers: int = 0
+    num_heads: int = 0
+    ffn_width: int = 0
+    activation: str = "gelu"  # "gelu" | "quick_gelu"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Perceiver Resampler. `num_positions`: learned position embeddings over the encoder's grid, None for none."""
+
+    input_width: int
+    width: int  # E
+    depth: int
+    num_heads: int
+    head_width: int
+    num_latents: int  # R
+    ffn_width: int
+    activation: str = "relu"  # "relu" | "gelu" | "squared_relu"
+    qk_norm: bool = False
+    eps: float = 1e-5
+    num_positions: int | None = None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    encoder: EncoderConfig
+    resampler: ResamplerConfig | None
+
+    @property
+    def latents_shape(self) -> tuple[int, int]:
+        """(R, E) of one picture."""
+        if self.resampler is not None:
+            return self.resampler.num_latents, self.resampler.width
+        return self.encoder.num_positions, self.encoder.width
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Gated cross-attention blocks, each standing before the decoder layer of its index in `layers`."""
+
+    layers: tuple[int, ...]
+    vision_width: int  # E
+    num_latents: int  # R
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_width: int  # C
+    ffn_width: int
+    qk_norm: bool
+    vector_gate: bool  # gates of width D instead of one number
+    unseen: Unseen
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    vocab_size: int  # rows of the embedding, image token and other additional ones included
+    num_logits: int  # rows of the head: token ids below it can be generated
+    width: int  # D
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_width: int  # C
+    ffn_width: int
+    eps: float
+    rope_theta: float
+    max_positions: int
+    tied_head: bool
+    cross_attention: CrossAttentionConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a published weight goes: our parameter, and its place among the pieces concatenated along axis 0."""
+
+    name: str
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint read by its family. The callables are pure.
+
+    `preprocess(picture)`: any PIL picture -> uint8 [3, H, W] RGB, what the encoder sees before normalisation.
+    `image_text(after_image)`: what stands in the prompt text for one picture; `after_image`: the text just before it
+    is another picture's. `see(before, previous_token, picture)`: the sight of a token, from that of the token before
+    it (() at the start), the id of that token (None at the start), and the ordinal of the picture that this token
+    stands for, or None. `vision_weight`, `decoder_weight`: published name -> Target, or None if not of that stage.
+    """
+
+    name: str
+    folder: Path
+    identity: str  # hex; differs whenever the same pixels could give other latents
+    vision: VisionConfig
+    decoder: DecoderConfig
+    preprocess: Callable[[Image.Image], NDArray[np.uint8]]
+    image_token_id: int
+    image_text: Callable[[bool], str]
+    see: Callable[[Sight, int | None, int | None], Sight]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | None
+    vision_weight: Callable[[str], Target | None]
+    decoder_weight: Callable[[str], Target | None]
+
+
+def sights(family_see: Callable[[Sight, int | None, int | None], Sight],
+           input_ids: tuple[int, ...], image_positions: tuple[int, ...]) -> list[Sight]:
+    """The sight of every prompt token, [L]."""
+    ordinals = {position: ordinal for ordinal, position in enumerate(image_positions)}
+    seen: list[Sight] = []
+    sight: Sight = ()
+    previous: int | None = None
+    for position, token in enumerate(input_ids):
+        sight = family_see(sight, previous, ordinals.get(position))
+        seen.append(sight)
+        previous = token
+    return seen
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """Hex digest over config, preprocessing and the weight files' headers, names and sizes (not their gigabytes)."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*config*.json"), *folder.glob("*.safetensors*")]):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """config.json's `eos_token_id`, which may be one id, several or none."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def load_chat_template(folder: Path) -> str | None:
+    """The chat template as publishers ship it: a file of its own, or a field of tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+_FUSED = {
+    "self_attn.q_proj": ("qkv_proj", 0),
+    "self_attn.k_proj": ("qkv_proj", 1),
+    "self_attn.v_proj": ("qkv_proj", 2),
+    "self_attn.o_proj": ("o_proj", 0),
+    "cross_attn.q_proj": ("q_proj", 0),
+    "cross_attn.k_proj": ("kv_proj", 0),
+    "cross_attn.v_proj": ("kv_proj", 1),
+    "cross_attn.o_proj": ("o_proj", 0),
+    "mlp.gate_proj": ("mlp.gate_up_proj", 0),
+    "mlp.up_proj": ("mlp.gate_up_proj", 1),
+}
+
+
+def fused_target(name: str) -> Target:
+    """A Llama-style weight name below the decoder's root -> our parameter, q/k/v and gate/up fused."""
+    for published, (ours, part) in _FUSED.items():
+        if f".{published}." in name:
+            return Target(name.replace(published, ours), part)
+    return Target(name)
+
+
+def resize_square(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Any picture -> uint8 [3, size, size] RGB, squeezed to a square, bicubic."""
+    picture = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1))

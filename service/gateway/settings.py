@@ -1,0 +1,105 @@
+"""The gateway's settings: read from the environment once, then frozen.
+
+`MODEL_PATH`, `HOST`, `PORT`, `TRITON_URL` have no prefix; everything else is `CROSSGATE_` and the field's name in
+capitals. An unknown `CROSSGATE_*` variable is an error, so that a misspelt limit is not silently without effect.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import InvalidRequest
+
+PREFIX = "CROSSGATE_"
+STAGE_VARIABLES = frozenset(  # read by the two stages and the launcher, which share our environment
+    {
+        "CROSSGATE_MAX_RUNNING",
+        "CROSSGATE_MAX_WAITING",
+        "CROSSGATE_MAX_STEP_TOKENS",
+        "CROSSGATE_KV_BLOCKS",
+        "CROSSGATE_IMAGE_PAGES",
+        "CROSSGATE_NUM_THREADS",
+    }
+)
+
+
+class Settings(BaseSettings):
+    """Times in seconds. A field with an alias is that variable; the others are CROSSGATE_<FIELD>."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True)
+
+    model_path: Path = Field(validation_alias="MODEL_PATH")
+    host: str = Field("127.0.0.1", validation_alias="HOST")
+    port: int = Field(8000, ge=0, le=65535, validation_alias="PORT")
+    triton_url: str = Field("127.0.0.1:8001", validation_alias="TRITON_URL")  # gRPC host:port
+    model_name: str = ""  # as clients call it; empty: the name of the checkpoint's folder
+
+    api_keys: SecretStr = SecretStr("")  # separated by commas; none at all: no authentication
+    api_keys_file: Path | None = None  # one key a line
+
+    max_images: int = Field(16, ge=0)  # of one request
+    max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
+    max_image_pixels: int = Field(32_000_000, ge=1)  # of one picture
+    max_body_bytes: int = Field(64 << 20, ge=1)
+    max_concurrent_requests: int = Field(64, ge=1)
+    max_queue: int = Field(128, ge=0)  # requests that wait for one of the above
+    default_max_tokens: int = Field(256, ge=1)
+
+    first_token_timeout_s: float = Field(120.0, gt=0)
+    inter_token_timeout_s: float = Field(60.0, gt=0)
+    encode_timeout_s: float = Field(30.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+    heartbeat_timeout_s: float = Field(5.0, gt=0)
+    client_timeout_s: float = Field(60.0, gt=0)  # for a client to send the next or take the last piece
+    drain_timeout_s: float = Field(30.0, ge=0)
+
+    latents_cache_bytes: int = Field(64 << 20, ge=0)
+    max_resident_keys: int = Field(4096, ge=0)  # pictures that we remember the decoder to hold
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @property
+    def served_name(self) -> str:
+        return self.model_name or self.model_path.resolve().name
+
+    def read_api_keys(self) -> frozenset[str]:
+        """Raises InvalidRequest if the key file cannot be read or is empty: a typing error must not open the door."""
+        keys = [key.strip() for key in self.api_keys.get_secret_value().split(",")]
+        if self.api_keys_file is not None:
+            try:
+                lines = self.api_keys_file.read_text().splitlines()
+            except OSError as error:
+                name = PREFIX + "API_KEYS_FILE"
+                raise InvalidRequest(f"{name}: {self.api_keys_file} cannot be read.", param=name) from error
+            keys += [line.strip() for line in lines]
+            if not any(keys):
+                raise InvalidRequest(f"{self.api_keys_file} holds no key.", param=PREFIX + "API_KEYS_FILE")
+        return frozenset(key for key in keys if key)
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings of this process. Raises InvalidRequest, in one line for an operator, naming the variable."""
+    environ = os.environ if environ is None else environ
+    variables = {_variable(name): name for name in Settings.model_fields}
+    for name in environ:
+        if name.startswith(PREFIX) and name not in variables and name not in STAGE_VARIABLES:
+            raise InvalidRequest(f"{name} is not a setting of Crossgate.", param=name)
+    if not environ.get("MODEL_PATH"):
+        raise InvalidRequest("MODEL_PATH is not set: it names the checkpoint's folder.", param="MODEL_PATH")
+    values = {field: environ[name] for name, field in variables.items() if environ.get(name)}
+    try:
+        return Settings(_env_file=None, **values)  # type: ignore[arg-type]  # pydantic parses the strings
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = str(problem["loc"][0])
+        name = field if field in variables else _variable(field)
+        raise InvalidRequest(f"{name} has a wrong value: {problem['msg']}.", param=name) from error
+
+
+def _variable(field: str) -> str:
+    alias = Settings.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + field.upper()

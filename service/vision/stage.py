@@ -1,0 +1,61 @@
+"""Stage 1: uint8 pixels in, a picture's latents out. Encoder, then Resampler if the family has one.
+
+Knows nothing of Triton: `model_repo/vision_encoder` is its adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from service.checkpoint import load_weights
+from service.families.family import EncoderConfig, Family, VisionConfig
+from service.vision.efficientnet import EfficientNetLite
+from service.vision.resampler import PerceiverResampler
+from service.vision.vit import VisionTransformer
+
+
+class VisionModel(nn.Module):
+    """Float pixels, normalised, [B, 3, H, W] -> latents [B, R, E]."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.encoder = make_encoder(config.encoder)
+        self.resampler = PerceiverResampler(config.resampler) if config.resampler is not None else None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        latents: Tensor = self.encoder(pixels)  # (B, P, E)
+        if self.resampler is not None:
+            latents = self.resampler(latents)  # (B, R, E)
+        return latents
+
+
+class VisionStage:
+    """`dtype` "float32", "bfloat16" or "float16"; latents come out as fp32 on a CPU, fp16 on a GPU."""
+
+    def __init__(self, family: Family, device: str, dtype: str) -> None:
+        """Loads the weights. Raises InvalidRequest, in one line, for a checkpoint that does not fit."""
+        encoder = family.vision.encoder
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        with torch.device("meta"):
+            model = VisionModel(family.vision)
+        load_weights(model, family.folder, family.vision_weight, device, self.dtype)
+        self.model = model.eval()
+        self.latents_dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+        self._mean = torch.tensor(encoder.mean, device=self.device)[:, None, None]
+        self._std = torch.tensor(encoder.std, device=self.device)[:, None, None]
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> latents [B, R, E]. Normalised here: uint8 is a quarter of the bytes to move."""
+        normalised = (pixels.to(self.device).float() / 255 - self._mean) / self._std
+        latents: Tensor = self.model(normalised.to(self.dtype))
+        return latents.to(self.latents_dtype)
+
+
+def make_encoder(config: EncoderConfig) -> nn.Module:
+    if config.kind == "vit":
+        return VisionTransformer(config)
+    if config.kind == "efficientnet_lite":
+        return EfficientNetLite(config.variant)
+    raise ValueError(f"unknown encoder kind {config.kind!r}")
