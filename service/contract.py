@@ -4,12 +4,12 @@ Axes: B sequences · N flat tokens of a step · L text tokens · T pictures · S
 R latents of a picture · D text width · E vision width · H query heads · K KV heads · C head width · V vocabulary.
 
 `vision_encoder`  in  `pixels` UINT8 [B, 3, H, W]      out `latents` FP32 (FP16 on GPU) [B, R, E]
-`fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` BYTES [T] · `image_positions` INT32 [T] ·
-                      `latents` [S, R, E] and `latent_index` INT32 [S] (which of the T pictures; both absent if S = 0) ·
-                      `sampling` BYTES [1], JSON of SamplingParams
-                  out `token_ids` INT32 [n] · `event` BYTES [1], JSON of TokenEvent without its token ids
-                  `image_keys` and `image_positions` are absent when T = 0. `token_ids` holds one 0 that counts for
-                  nothing when an event carries no token (Triton drops empty outputs); the event's `num_tokens` rules.
+`fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` UINT8 [T, 32] (SHA-256 digests) · `image_positions` INT32 [T] ·
+                      `latents` [S, R, E] and `latent_index` INT32 [S] (which of the T pictures) ·
+                      `sampling` UINT8 [n], UTF-8 JSON of SamplingParams
+                  out `token_ids` INT32 [n] · `event` UINT8 [m], UTF-8 JSON of TokenEvent without its token ids
+                  Inputs whose first axis would be 0 are left out. JSON travels as UINT8 and not as BYTES, because the
+                  Python stub of the Triton wheel predates NumPy 2 and fails on BYTES; DLPack carries the rest.
 
 Knows nothing of HTTP, torch or Triton.
 """
@@ -101,10 +101,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """Tokens that became ready together. The last one of a request has a finish reason, usage and timings.
-
-    The first event may come before any token (`token_ids` empty): it says that the request was admitted.
-    """
+    """Tokens that became ready together, one at least. A request's last has a finish reason, usage and timings."""
 
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
@@ -113,7 +110,7 @@ class TokenEvent:
 
     def to_json(self) -> str:
         """Everything but the token ids, which travel as a tensor."""
-        fields: dict[str, Any] = {"num_tokens": len(self.token_ids)}
+        fields: dict[str, Any] = {}
         if self.finish_reason is not None:
             fields["finish_reason"] = self.finish_reason
         if self.usage is not None:
@@ -126,7 +123,7 @@ class TokenEvent:
     def from_json(cls, text: str | bytes, token_ids: list[int]) -> TokenEvent:
         fields = json.loads(text)
         return cls(
-            token_ids=tuple(token_ids[: fields["num_tokens"]]),
+            token_ids=tuple(token_ids),
             finish_reason=FinishReason(fields["finish_reason"]) if "finish_reason" in fields else None,
             usage=Usage(**fields["usage"]) if "usage" in fields else None,
             timings=Timings(**fields["timings"]) if "timings" in fields else None,

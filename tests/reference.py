@@ -39,11 +39,17 @@ class IdeficsReference:
         return {"image_encoder_embeddings": features[None]}
 
     @torch.inference_mode()
-    def logits(self, input_ids: list[int], vision: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[L, V], the picture mask made by the processor's own function."""
+    def logits(self, input_ids: list[int], vision: dict[str, torch.Tensor], generated: int = 0) -> torch.Tensor:
+        """[L, V], the picture mask made by the processor's own function.
+
+        The last `generated` tokens stand for no pictures, even if the model chose the image token: `generate` goes on
+        with the mask of the last prompt token.
+        """
         ids = torch.tensor([input_ids])
         num_pictures = next(iter(vision.values())).shape[1]
-        incremental, _ = image_attention_mask_for_packed_input_ids_pt(ids, self)
+        marks = ids.clone()
+        marks[:, len(input_ids) - generated :][marks[:, len(input_ids) - generated :] == self.image_token_id] = 3
+        incremental, _ = image_attention_mask_for_packed_input_ids_pt(marks, self)
         mask = incremental_to_binary_attention_mask(incremental, "pt", num_classes=num_pictures)
         output = self.model(input_ids=ids, image_attention_mask=mask, use_cache=False, **vision)
         return output.logits[0]
@@ -51,6 +57,6 @@ class IdeficsReference:
     def greedy(self, input_ids: list[int], pictures: NDArray[np.uint8], num_tokens: int) -> list[int]:
         """Recomputes everything at every step: slow, and free of any cache's mistakes."""
         vision, tokens = self.vision(pictures), list(input_ids)
-        for _ in range(num_tokens):
-            tokens.append(int(self.logits(tokens, vision)[-1].argmax()))
+        for generated in range(num_tokens):
+            tokens.append(int(self.logits(tokens, vision, generated)[-1].argmax()))
         return tokens[len(input_ids) :]

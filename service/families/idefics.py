@@ -144,26 +144,41 @@ def _token_id(folder: Path, token: str, vocab_size: int) -> int:
     return vocab_size - 1  # the published checkpoints' last additional token
 
 
-_VISION = (
-    ("model.vision_model.embeddings.", "encoder.embeddings."),
-    ("model.vision_model.pre_layrnorm.", "encoder.pre_layernorm."),
-    ("model.vision_model.encoder.", "encoder."),
-    ("model.perceiver_resampler.", "resampler."),
-)
+_VISION = {
+    "model.vision_model.embeddings.": "encoder.embeddings.",
+    "model.vision_model.pre_layrnorm.": "encoder.pre_layernorm.",
+    "model.vision_model.encoder.": "encoder.",
+    "model.perceiver_resampler.layer_norm.": "resampler.norm.",
+    "model.perceiver_resampler.": "resampler.",
+}
+_RESAMPLER_BLOCK = {
+    "0.context_layer_norm": "attn.features_norm",
+    "0.latents_layer_norm": "attn.latents_norm",
+    "0.q_layer_norm": "attn.q_norm",
+    "0.k_layer_norm": "attn.k_norm",
+    "0.q_proj": "attn.q_proj",
+    "0.k_proj": "attn.kv_proj",
+    "0.v_proj": "attn.kv_proj",
+    "0.output_proj": "attn.o_proj",
+    "1.ln": "ffn.norm",
+    "1.fc": "ffn.up_proj",
+    "1.c_proj": "ffn.down_proj",
+}
 
 
 def _vision_weight(name: str) -> Target | None:
     if "post_layernorm" in name or "position_ids" in name:
         return None  # of CLIP's pooled output, which IDEFICS does not use
-    for published, ours in _VISION:
-        if name.startswith(published):
-            name = ours + name.removeprefix(published)
-            break
-    else:
+    prefix = next((prefix for prefix in _VISION if name.startswith(prefix)), None)
+    if prefix is None:
         return None
-    projection = re.search(r"encoder.*\.([qkv])_proj\.", name)
+    name = _VISION[prefix] + name.removeprefix(prefix)
+    block = re.fullmatch(r"(resampler\.blocks\.\d+\.)(.+)\.(weight|bias)", name)
+    if block:
+        return Target(f"{block[1]}{_RESAMPLER_BLOCK[block[2]]}.{block[3]}", int(".v_proj" in name))
+    projection = re.fullmatch(r"(encoder\..+\.)([qkv])_proj\.(weight|bias)", name)
     if projection:
-        return Target(name.replace(f".{projection[1]}_proj.", ".qkv_proj."), "qkv".index(projection[1]))
+        return Target(f"{projection[1]}qkv_proj.{projection[3]}", "qkv".index(projection[2]))
     return Target(name)
 
 

@@ -1,0 +1,167 @@
+"""A request's way from a question to pieces of text; read it in order. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from service.contract import FinishReason, TokenEvent, Usage, ValidRequest
+from service.contract import Timings as DecoderTimings
+from service.errors import Unavailable
+from service.gateway.admission import Admission
+from service.gateway.detokenize import Detokenizer, Vocabulary
+from service.gateway.images import PictureReader
+from service.gateway.metrics import Metrics
+from service.gateway.prompt import PromptBuilder
+from service.gateway.schemas import Question
+from service.gateway.stages import Stages, Trace
+from service.gateway.stop_strings import StopStrings
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds. `queue_ms`: for a place here and in the decoder; `encode_ms`: 0 if no picture had to be encoded."""
+
+    queue_ms: float
+    encode_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became certain together. The last piece has the ending; the first may be empty: the decoder took us in."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    ending: Ending | None = None
+
+
+class Pipeline:
+    def __init__(
+        self,
+        admission: Admission,
+        pictures: PictureReader,
+        prompts: PromptBuilder,
+        stages: Stages,
+        vocabulary: Vocabulary,
+        metrics: Metrics,
+    ) -> None:
+        self._admission = admission
+        self._pictures = pictures
+        self._prompts = prompts
+        self._stages = stages
+        self._vocabulary = vocabulary
+        self._metrics = metrics
+
+    async def answer(self, question: Question) -> AsyncGenerator[Piece, None]:
+        """Closing or cancelling it cancels both stages. Raises CrossgateError."""
+        clock = _Clock(self._metrics)
+        async with self._admission.slot():
+            clock.admitted()
+            pictures = await self._pictures.read(question.pictures)
+            request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
+            pixels = {picture.key: picture.pixels for picture in pictures}
+            trace = Trace()
+            text = _Text(self._vocabulary, question.stop)
+            num_tokens = 0
+            async with aclosing(self._stages.run(request, pixels, trace)) as events:
+                async for event in events:
+                    if event.finish_reason is FinishReason.CANCELLED:
+                        raise Unavailable("The decoder gave the request up.", retry_after_s=1)
+                    num_tokens += len(event.token_ids)
+                    clock.tokens(event, streamed=request.sampling.stream)
+                    piece, stopped = text.push(event)
+                    ending = None
+                    if stopped or event.finish_reason is not None:
+                        ending = _ending(event, stopped, request, num_tokens, trace, clock)
+                        self._metrics.finished(
+                            ending.finish_reason, ending.usage, len(pixels), time.perf_counter() - clock.arrival
+                        )
+                    yield Piece(piece, event.token_ids, ending)
+                    if stopped:
+                        return  # which closes the stages, and so cancels the decoder
+
+
+class _Text:
+    """Tokens to text that ends before a stop string."""
+
+    def __init__(self, vocabulary: Vocabulary, stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(vocabulary)
+        self._stops = StopStrings(stop)
+
+    def push(self, event: TokenEvent) -> tuple[str, bool]:
+        """(text that is certain, whether a stop string was met)"""
+        last = event.finish_reason is not None
+        text = self._detokenizer.push(event.token_ids)
+        if last:
+            text += self._detokenizer.flush()
+        text, stopped = self._stops.push(text)
+        if last and not stopped:
+            text += self._stops.flush()
+        return text, stopped
+
+
+class _Clock:
+    """When things happened to one request; tells the latency metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.arrival = time.perf_counter()
+        self.waited_s = 0.0
+        self.first: float | None = None
+        self.last = self.arrival
+
+    def admitted(self) -> None:
+        self.waited_s = time.perf_counter() - self.arrival
+
+    def tokens(self, event: TokenEvent, *, streamed: bool) -> None:
+        if not event.token_ids:
+            return
+        now = time.perf_counter()
+        self._metrics.generation_tokens.inc(len(event.token_ids))
+        if self.first is None:
+            self.first = now
+            # without streaming all tokens come at the end; only the decoder knows how long it decoded
+            decoding_s = 0.0 if streamed or event.timings is None else event.timings.decode_ms / 1e3
+            self._metrics.time_to_first_token.observe(max(0.0, now - self.arrival - decoding_s))
+        else:
+            self._metrics.inter_token_latency.observe(now - self.last)
+        self.last = now
+
+
+def _ending(
+    event: TokenEvent, stopped: bool, request: ValidRequest, num_tokens: int, trace: Trace, clock: _Clock
+) -> Ending:
+    """The decoder's account; ours where a stop string ended the request before the decoder gave one."""
+    keys = frozenset(request.image_keys)
+    usage = event.usage or Usage(
+        prompt_tokens=len(request.input_ids),
+        completion_tokens=num_tokens,
+        images=len(request.image_keys),
+        cached_images=len(keys - trace.sent),
+    )
+    timings = event.timings
+    if timings is None:
+        first = clock.first or clock.last
+        before_first_s = first - clock.arrival - clock.waited_s - trace.encode_s
+        timings = DecoderTimings(prefill_ms=before_first_s * 1e3, decode_ms=(clock.last - first) * 1e3)
+    return Ending(
+        finish_reason=FinishReason.STOP if stopped else event.finish_reason or FinishReason.STOP,
+        usage=usage,
+        timings=Timings(
+            queue_ms=round(clock.waited_s * 1e3 + timings.queue_ms, 3),
+            encode_ms=round(trace.encode_s * 1e3, 3),
+            prefill_ms=round(timings.prefill_ms, 3),
+            decode_ms=round(timings.decode_ms, 3),
+        ),
+    )

@@ -1,0 +1,214 @@
+"""Properties of the scheduler and both caches, under random requests, cancels, EOS and evictions, without a model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.contract import SamplingParams, ValidRequest
+from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.kv_blocks import BLOCK_SIZE, KVBlocks
+from service.decoder.scheduler import Scheduler, Step
+from service.decoder.sequence import Sequence
+from service.errors import Overloaded, TooLarge
+from service.families.flamingo import see
+
+
+def make_scheduler(num_blocks: int = 12, num_pages: int = 3, max_running: int = 4, budget: int = 24) -> Scheduler:
+    return Scheduler(KVBlocks(num_blocks), ImageKVCache(num_pages), max_running, 100, budget)
+
+
+def make_sequence(request_id: int, num_tokens: int, keys: tuple[str, ...] = (), max_tokens: int = 8) -> Sequence:
+    input_ids = tuple((request_id * 7 + index) % 50 for index in range(num_tokens))
+    request = ValidRequest(input_ids, keys, tuple(range(len(keys))), SamplingParams(max_tokens=max_tokens))
+    return Sequence(request_id, request, {key: key for key in keys}, see, 0.0, 0)
+
+
+class Machine:
+    """A scheduler with a stand-in for the device: it remembers what was written where, and checks every read."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.slots: dict[int, tuple[str, ...]] = {}  # slot -> digest of the tokens up to it, and of what they see
+        self.pages: dict[int, str] = {}
+        self.generated: dict[int, int] = {}
+        self.finished: list[int] = []
+        self.lost: list[int] = []
+
+    def step(self) -> Step:
+        step = self.scheduler.schedule()
+        for sequence, _ in step.lost_images:
+            self.lost.append(sequence.request_id)
+        for page, key in step.image_fills:
+            self.pages[page] = key
+        assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
+        assert len({id(chunk.sequence) for chunk in step.chunks}) == len(step.chunks)
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            assert chunk.count > 0 and chunk.start == sequence.num_computed
+            assert {self.pages[page]: page for page in sequence.image_pages.values()} == sequence.image_pages
+            for position in range(chunk.start, chunk.start + chunk.count):
+                self.slots[self.slot(sequence, position)] = self.content(sequence, position)
+            for position in range(chunk.start + chunk.count):
+                assert self.slots[self.slot(sequence, position)] == self.content(sequence, position)
+        for chunk in step.chunks:
+            samples = chunk.samples
+            self.scheduler.computed(chunk)
+            if samples:
+                self.sample(chunk.sequence)
+        self.check()
+        return step
+
+    def sample(self, sequence: Sequence) -> None:
+        sequence.append(sequence.num_generated % 50)
+        if sequence.num_generated == sequence.sampling.max_tokens:
+            self.scheduler.remove(sequence)
+            self.finished.append(sequence.request_id)
+            self.generated[sequence.request_id] = sequence.num_generated
+
+    @staticmethod
+    def slot(sequence: Sequence, position: int) -> int:
+        return sequence.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+    @staticmethod
+    def content(sequence: Sequence, position: int) -> tuple[str, ...]:
+        seen = [tuple(sequence.image_keys[o] for o in sequence._sights[p]) for p in range(position + 1)]
+        return hashlib.sha256(repr((sequence.token_ids[: position + 1], seen)).encode()).hexdigest(), str(position)
+
+    def check(self) -> None:
+        """No block leaks, none has two writers, every count adds up."""
+        scheduler = self.scheduler
+        holders: dict[int, int] = {}
+        for sequence in scheduler.running:
+            for block in sequence.block_table:
+                holders[block] = holders.get(block, 0) + 1
+            assert len(set(sequence.block_table)) == len(sequence.block_table)
+        for sequence in scheduler.waiting:
+            assert sequence.block_table == []
+        for block in range(scheduler.blocks.num_blocks):
+            assert scheduler.blocks.refcount(block) == holders.get(block, 0)
+        assert scheduler.blocks.num_free == scheduler.blocks.num_blocks - len(holders)
+        for sequence in scheduler.running:  # the block that will be written next belongs to one sequence
+            open_blocks = sequence.block_table[sequence.num_computed // BLOCK_SIZE :]
+            assert all(holders[block] == 1 for block in open_blocks)
+        held: dict[str, int] = {}
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            for key in sequence.image_pages:
+                held[key] = held.get(key, 0) + 1
+        assert all(scheduler.images.refcount(key) == count for key, count in held.items())
+        assert scheduler.images.num_held == len(held)
+        arrivals = [sequence.request_id for sequence in (*scheduler.running, *scheduler.waiting)]
+        assert arrivals == sorted(arrivals), "the running are older than the waiting"
+
+
+requests = st.tuples(
+    st.integers(1, 60),  # prompt tokens
+    st.lists(st.sampled_from("abcde"), max_size=3).map(tuple),
+    st.integers(1, 40),  # tokens to generate
+    st.integers(0, 6),  # steps before it arrives
+    st.one_of(st.none(), st.integers(0, 30)),  # steps until its client leaves
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=12), st.integers(8, 16), st.integers(3, 5), st.integers(5, 40))
+def test_every_request_ends_exactly_once_and_everything_is_returned(
+    arrivals: list[tuple[int, tuple[str, ...], int, int, int | None]], num_blocks: int, num_pages: int, budget: int
+) -> None:
+    machine = Machine(make_scheduler(num_blocks, num_pages, budget=budget))
+    scheduler = machine.scheduler
+    schedule: list[tuple[int, Sequence, int | None]] = []
+    now, expected, cancelled = 0, [], []
+    for request_id, (num_tokens, keys, max_tokens, gap, patience) in enumerate(arrivals):
+        now += gap
+        keys = keys[:num_tokens]
+        schedule.append((now, make_sequence(request_id, num_tokens, keys, max_tokens), patience))
+    leaves: list[tuple[int, Sequence]] = []
+    for tick in range(5000):
+        while schedule and schedule[0][0] <= tick:
+            _, sequence, patience = schedule.pop(0)
+            try:
+                scheduler.add(sequence)
+            except TooLarge:
+                continue
+            expected.append(sequence.request_id)
+            if patience is not None:
+                leaves.append((tick + patience, sequence))
+        for when, sequence in leaves:
+            if when == tick and sequence.request_id not in machine.finished:
+                scheduler.remove(sequence)
+                cancelled.append(sequence.request_id)
+        step = machine.step()
+        if not schedule and not scheduler.running and not scheduler.waiting:
+            break
+        assert step.chunks or not (scheduler.running or scheduler.waiting), "a step with work to do computes something"
+    assert sorted(machine.finished + cancelled) == expected
+    assert machine.lost == [], "every request brought its latents"
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert scheduler.images.num_held == 0
+
+
+def test_decodes_go_before_a_long_prompt() -> None:
+    machine = Machine(make_scheduler(num_blocks=40, budget=20))
+    machine.scheduler.add(make_sequence(0, 5, max_tokens=30))
+    machine.step()
+    machine.scheduler.add(make_sequence(1, 100, max_tokens=2))
+    for _ in range(5):
+        chunks = {chunk.sequence.request_id: chunk.count for chunk in machine.step().chunks}
+        assert chunks[0] == 1
+        assert chunks[1] == 19
+
+
+def test_the_youngest_is_preempted_keeps_its_pictures_and_finishes() -> None:
+    machine = Machine(make_scheduler(num_blocks=5, budget=64))
+    machine.scheduler.add(make_sequence(0, 30, ("a",), max_tokens=30))
+    machine.scheduler.add(make_sequence(1, 30, ("b",), max_tokens=30))
+    while machine.scheduler.num_preemptions == 0:
+        machine.step()
+    assert [sequence.request_id for sequence in machine.scheduler.waiting] == [1]
+    assert machine.scheduler.waiting[0].image_pages.keys() == {"b"}
+    while machine.scheduler.running or machine.scheduler.waiting:
+        machine.step()
+    assert machine.finished == [0, 1]
+
+
+def test_a_shared_prefix_is_computed_once_and_another_picture_shares_nothing() -> None:
+    machine = Machine(make_scheduler(num_blocks=40, budget=100))
+    for request_id, key in enumerate(("a", "a", "b")):
+        sequence = make_sequence(0, 40, (key,), max_tokens=1)
+        sequence.request_id = request_id
+        machine.scheduler.add(sequence)
+        step = machine.step()
+        assert step.chunks[0].count == (40 - 2 * BLOCK_SIZE if request_id == 1 else 40)
+
+
+def test_a_picture_evicted_while_its_request_waited_is_reported_lost() -> None:
+    machine = Machine(make_scheduler(num_pages=1, max_running=1))
+    first = make_sequence(0, 4, ("a",), max_tokens=1)
+    machine.scheduler.add(first)
+    machine.step()
+    second, third = make_sequence(1, 4, ("b",), max_tokens=1), make_sequence(2, 4, ("a",), max_tokens=1)
+    third.latents = {}  # resident when it came
+    machine.scheduler.add(second)
+    machine.scheduler.add(third)
+    machine.step()
+    machine.step()
+    assert machine.lost == [2] and machine.finished == [0, 1]
+
+
+def test_a_full_queue_is_overloaded() -> None:
+    scheduler = Scheduler(KVBlocks(4), ImageKVCache(1), 1, 1, 8)
+    scheduler.add(make_sequence(0, 4))
+    with pytest.raises(Overloaded):
+        scheduler.add(make_sequence(1, 4))
+
+
+def test_a_request_that_could_never_fit_is_refused() -> None:
+    scheduler = make_scheduler(num_blocks=2, num_pages=1)
+    with pytest.raises(TooLarge, match="holds 32"):
+        scheduler.add(make_sequence(0, 30, max_tokens=3))
+    with pytest.raises(TooLarge, match="holds 1"):
+        scheduler.add(make_sequence(0, 10, ("a", "b")))
