@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 
-def augment(drawing: NDArray[np.uint8], rng: np.random.Generator) -> Image.Image:
-    """Returns a changed copy of an RGBA drawing [h, w, 4], cut to what is painted."""
-    picture = Image.fromarray(drawing)
+def augment(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Returns a changed copy of an RGBA drawing, cut to what is painted."""
     alpha = picture.getchannel("A")
     rgb = picture.convert("RGB")
-    if is_glyph(drawing):
+    if is_glyph(np.asarray(picture)):
         tint = tuple(int(v) for v in rng.integers(0, 256, 3)) if rng.random() < 0.7 else (0, 0, 0)
         rgb = Image.new("RGB", picture.size, tint)
     else:
@@ -32,7 +31,7 @@ def augment(drawing: NDArray[np.uint8], rng: np.random.Generator) -> Image.Image
 
 def is_glyph(drawing: NDArray[np.uint8]) -> bool:
     """Whether the drawing is a black silhouette (Fluent high-contrast)."""
-    return not drawing[..., :3][drawing[..., 3] > 200].any()
+    return not drawing[..., :3][drawing[..., 3] > 250].any()
 
 
 def change_colours(rgb: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -51,7 +50,7 @@ def change_colours(rgb: Image.Image, rng: np.random.Generator) -> Image.Image:
 def flatten(rgb: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Replaces shading by a few flat colours."""
     if rng.random() < 0.5:
-        rgb = rgb.filter(ImageFilter.MedianFilter(5))
+        rgb = rgb.filter(ImageFilter.BoxBlur(1.5))
     return rgb.quantize(int(rng.integers(4, 12)), dither=Image.Dither.NONE).convert("RGB")
 
 
@@ -59,15 +58,15 @@ def ink_edges(rgb: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Draws dark lines where colours change inside the drawing."""
     edges = rgb.filter(ImageFilter.FIND_EDGES).convert("L")
     threshold = int(rng.integers(50, 120))
-    ink = edges.point(lambda level: 255 if level > threshold else 0).filter(ImageFilter.MaxFilter(3))
+    ink = edges.point(lambda level: 255 if level > threshold else 0)
     return Image.composite(Image.new("RGB", rgb.size, (20, 20, 20)), rgb, ink)
 
 
 def outline(rgb: Image.Image, alpha: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     """Strokes the silhouette, mostly in black, sometimes with the inside left empty or white."""
-    width = int(rng.choice([5, 7, 9]))
+    radius = max(1.0, float(rng.uniform(0.012, 0.028)) * max(rgb.size))
     solid = alpha.point(lambda level: 255 if level > 100 else 0)
-    inner = solid.filter(ImageFilter.MinFilter(width))
+    inner = solid.filter(ImageFilter.BoxBlur(radius)).point(lambda level: 255 if level > 235 else 0)
     ring = ImageChops.subtract(solid, inner)
     ink = (20, 20, 20) if rng.random() < 0.8 else tuple(int(v) for v in rng.integers(0, 256, 3))
     if rng.random() < 0.10:

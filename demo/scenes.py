@@ -46,11 +46,15 @@ def compose(
     side: int = SIDE,
 ) -> Scene:
     """Puts RGBA drawings [h, w, 4] on a background that they stand out from."""
-    pictures = [augment(drawing, rng) if augmented else Image.fromarray(drawing) for drawing in drawings]
+    low, high = SCALES[len(drawings)]
+    boxes = place([int(rng.uniform(low, high) * side) for _ in drawings], side, rng)
+    pictures = []
+    for drawing, (_, _, size) in zip(drawings, boxes, strict=True):
+        picture = Image.fromarray(drawing)
+        picture = picture.reduce(max(1, round(picture.width / (1.25 * size))))  # cheaper to change when small
+        pictures.append(augment(picture, rng) if augmented else picture)
     colour, background = pick_background(pictures, rng)
     scene = Image.new("RGB", (side, side), background)
-    low, high = SCALES[len(pictures)]
-    boxes = place([int(rng.uniform(low, high) * side) for _ in pictures], side, rng)
     for picture, (x, y, size) in zip(pictures, boxes, strict=True):
         scale = size / max(picture.size)
         small = picture.resize(

@@ -47,7 +47,9 @@ def load_weights(
         state[name] = state[name].reshape(parameter.shape)
     unknown = sorted(set(state) - set(wanted))
     if unknown:
-        raise InvalidRequest(f"The checkpoint has weights its config does not explain: {unknown[0]}.", param="MODEL_PATH")
+        raise InvalidRequest(
+            f"The checkpoint has weights its config does not explain: {unknown[0]}.", param="MODEL_PATH"
+        )
     module.load_state_dict(state, assign=True)
 
 

@@ -4,7 +4,7 @@ Axes: B sequences · N flat tokens of a step · L text tokens · T pictures · S
 R latents of a picture · D text width · E vision width · H query heads · K KV heads · C head width · V vocabulary.
 
 `vision_encoder`  in  `pixels` UINT8 [B, 3, H, W]      out `latents` FP32 (FP16 on GPU) [B, R, E]
-`fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` UINT8 [T, 32] (SHA-256 digests) · `image_positions` INT32 [T] ·
+`fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` UINT8 [T, 32] (SHA-256) · `image_positions` INT32 [T] ·
                       `latents` [S, R, E] and `latent_index` INT32 [S] (which of the T pictures) ·
                       `sampling` UINT8 [n], UTF-8 JSON of SamplingParams
                   out `token_ids` INT32 [n] · `event` UINT8 [m], UTF-8 JSON of TokenEvent without its token ids

@@ -17,9 +17,7 @@ from service.families.family import CrossAttentionConfig
 class ImagePages:
     """K and V of pictures for every gated block. `image_kv_cache.ImageKVCache` says which picture is on which page."""
 
-    def __init__(
-        self, config: CrossAttentionConfig, num_pages: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: CrossAttentionConfig, num_pages: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (len(config.layers), num_pages, config.num_latents, config.num_kv_heads, config.head_width)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (X, pages, R, K, C)
         self.v = torch.zeros(shape, device=device, dtype=dtype)

@@ -78,14 +78,20 @@ class Engine:
         return cls(family, model.eval(), settings)
 
     def add(
-        self, request_id: int, request: ValidRequest, latents: Tensor | None = None, latent_index: list[int] = []  # noqa: B006
+        self,
+        request_id: int,
+        request: ValidRequest,
+        latents: Tensor | None = None,
+        latent_index: list[int] = [],  # noqa: B006
     ) -> None:
         """Queue a request. `latents` [S, R, E] are those of pictures `latent_index` among the request's.
 
         Raises InvalidRequest, TooLarge, Overloaded, or ImageNotResident if a picture is neither sent nor resident.
         """
         sent = self._check(request, latents, latent_index)
-        missing = tuple(k for k in dict.fromkeys(request.image_keys) if k not in sent and k not in self.scheduler.images)
+        missing = tuple(
+            k for k in dict.fromkeys(request.image_keys) if k not in sent and k not in self.scheduler.images
+        )
         if missing:
             raise ImageNotResident("Pictures are not resident in the decoder.", keys=missing)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)

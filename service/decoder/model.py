@@ -8,7 +8,7 @@ Source: Flamingo (arXiv 2204.14198) §2.2 and fig. 4 for the gated block; Llama 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """input_ids and positions int64 [N] -> hidden states before the head [N, D]."""
         x = self.embed_tokens(input_ids)  # (N, D)
-        return self.norm(self.forward_layers(x, self.rope(positions, x.dtype), attention))
+        hidden: Tensor = self.norm(self.forward_layers(x, self.rope(positions, x.dtype), attention))
+        return hidden
 
     def forward_layers(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], attention: Attention, first_layer: int = 0
@@ -80,7 +81,8 @@ class Decoder(nn.Module):
 
         They depend on the picture alone, not on the text before it: computed once, shared by every question.
         """
-        pairs = [self.cross_layers[str(index)].project_image(latents) for index in self.config.cross_attention.layers]
+        blocks = cast("list[GatedCrossAttentionBlock]", list(self.cross_layers.values()))  # in the order of layers
+        pairs = [block.project_image(latents) for block in blocks]
         return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
 
 
@@ -135,7 +137,8 @@ class GatedCrossAttentionBlock(nn.Module):
             q = self.q_proj(self.input_layernorm(x)).view(-1, self.num_heads, self.head_width)  # (N, H, C)
             q = self.q_norm(q) if self.q_norm is not None else q
             x = x + self.attn_gate.tanh() * self.o_proj(attention.cross_attention(self.index, q))
-        return x + self.ffn_gate.tanh() * self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.ffn_gate.tanh() * self.mlp(self.post_attention_layernorm(x))
+        return out
 
     def project_image(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """[..., R, E] -> K and V, each [..., R, K, C]."""
@@ -169,7 +172,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        normed: Tensor = self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return normed
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ class DecoderSettings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> DecoderSettings:
         """Raises InvalidRequest for values that are not positive integers."""
-        device = resolve_device(environment)
+        device = environment.get("DEVICE") or "cpu"
         on_gpu = device != "cpu"
         return cls(
             device=device,
@@ -68,11 +68,6 @@ class DecoderSettings:
         pages = int(free * pages_share) // ImagePages.page_bytes(config.cross_attention, dtype)
         blocks = min(blocks, self.max_running * -(-config.max_positions // BLOCK_SIZE))
         return self.kv_blocks or max(blocks, 1), self.image_pages or max(min(pages, 16384), 1)
-
-
-def resolve_device(environment: Mapping[str, str]) -> str:
-    """DEVICE, or the GPU if there is one."""
-    return environment.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int | None:

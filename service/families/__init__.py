@@ -24,7 +24,7 @@ def load_family(folder: Path) -> Family:
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"{config_file} is not JSON with a model_type.", param="MODEL_PATH") from error
-    known = []
+    known: list[str] = []
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         model_types: tuple[str, ...] = getattr(module, "MODEL_TYPES", ())

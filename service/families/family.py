@@ -145,8 +145,11 @@ class Family:
     decoder_weight: Callable[[str], Target | None]
 
 
-def sights(family_see: Callable[[Sight, int | None, int | None], Sight],
-           input_ids: tuple[int, ...], image_positions: tuple[int, ...]) -> list[Sight]:
+def sights(
+    family_see: Callable[[Sight, int | None, int | None], Sight],
+    input_ids: tuple[int, ...],
+    image_positions: tuple[int, ...],
+) -> list[Sight]:
     """The sight of every prompt token, [L]."""
     ordinals = {position: ordinal for ordinal, position in enumerate(image_positions)}
     seen: list[Sight] = []
@@ -163,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} if there is no such file."""
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 

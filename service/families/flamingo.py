@@ -78,7 +78,9 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
         eos_token_ids=as_ids(config["eos_token_id"]),
         chat_template=load_chat_template(folder),
         vision_weight=lambda name: Target(name.removeprefix("vision.")) if name.startswith("vision.") else None,
-        decoder_weight=lambda name: fused_target(name.removeprefix("decoder.")) if name.startswith("decoder.") else None,
+        decoder_weight=lambda name: (
+            fused_target(name.removeprefix("decoder.")) if name.startswith("decoder.") else None
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""IDEFICS (HuggingFaceM4/idefics-9b, -80b, -instruct): CLIP ViT, Perceiver Resampler or none, Llama-1 with gated blocks.
+"""IDEFICS (HuggingFaceM4/idefics-9b, -80b): CLIP ViT, Perceiver Resampler or none, Llama-1 with gated blocks.
 
 Source: `transformers` models/idefics. A token sees the latest picture at or before it; after an end-of-document token
 nothing until the next picture. Tokens that see none get attention output 0; their gated FFN still runs.

@@ -48,8 +48,8 @@ class ChatTemplate:
         try:
             return self._render(messages)
         except TemplateRefusal as error:
-            raise InvalidRequest(f"The chat template refuses the messages: {error.message}", param="messages") from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, OverflowError) as error:
+            raise InvalidRequest(f"The chat template refuses this: {error.message}", param="messages") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InvalidRequest("The chat template cannot write these messages.", param="messages") from error
 
     def _render(self, messages: list[dict[str, Any]]) -> str:

@@ -1,10 +1,10 @@
 """Token ids to text as they come: never half a character, and in sum exactly what decoding them all at once gives.
 
 Source: the window method of text-generation-inference and vLLM (prefix and read offset), with three departures.
-Special tokens never enter the window, for a window of nothing but them would make the next word lose its space.
-A run of byte-fallback tokens waits for its end, because such a decoder judges the run as a whole. And the text already
-sent of a window is remembered instead of decoded again. (`tokenizers.decoders.DecodeStream` has no way to flush its
-tail, and raises on sequences whose decoding is not a prefix of the longer one's.)
+Special tokens and ids without a token never enter the window: one of nothing but them would make the next word lose
+its space. A run of byte-fallback tokens waits for its end, because such a decoder judges the run as a whole. And the
+text already sent of a window is remembered instead of decoded again. (`tokenizers.decoders.DecodeStream` has no way to
+flush its tail, and raises on sequences whose decoding is not a prefix of the longer one's.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.decode = tokenizer.decode
-        self.special_ids = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
-        self.byte_ids = frozenset(
-            token_id for token, token_id in tokenizer.get_vocab().items() if BYTE_TOKEN.fullmatch(token)
-        )
+        vocabulary = tokenizer.get_vocab()
+        special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.visible_ids = frozenset(vocabulary.values()) - special  # of a padded vocabulary some ids have no token
+        self.byte_ids = frozenset(token_id for token, token_id in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
 
 
 class Detokenizer:
@@ -42,7 +40,7 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that is certain now; "" while it ends inside a character."""
-        visible = [token for token in token_ids if token not in self._vocabulary.special_ids]
+        visible = [token for token in token_ids if token in self._vocabulary.visible_ids]
         self._window += visible
         if not visible or visible[-1] in self._vocabulary.byte_ids:
             return ""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from service.errors import InvalidRequest, TooLarge
 from service.families import Family
@@ -96,7 +96,7 @@ def decode_picture(content: bytes, field: str, max_pixels: int) -> Image.Image:
     """An RGB picture: upright, its first frame, on white where it is transparent. Raises InvalidRequest or TooLarge."""
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InvalidRequest("Not a JPEG, PNG or WebP picture.", param=field) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many_pixels(field, max_pixels) from error

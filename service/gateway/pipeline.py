@@ -39,7 +39,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Piece:
-    """What became certain together. The last piece has the ending; the first may be empty: the decoder took us in."""
+    """What became certain together; no text while that would be half a character. The last piece has the ending."""
 
     text: str
     token_ids: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
 """What clients may send, and the one form it takes inside: a Question.
 
-Nothing is silently dropped: a parameter is used, listed in `IGNORED` as harmless, or refused by name. Knows nothing
+Nothing is silently dropped: a parameter is used, declared as harmless, or refused by name. Knows nothing
 of tokens, pixels or HTTP.
 """
 
@@ -16,7 +16,7 @@ from service.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
-IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+REPLY_KEYS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # name -> values that ask for nothing
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -86,6 +86,12 @@ class _Body(BaseModel):
     ignore_eos: bool = False
     stream: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """null means absent, as with OpenAI."""
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
     def _sampling(self, max_tokens: int | None, defaults: SamplingDefaults) -> SamplingParams:
         return SamplingParams(
             max_tokens=1 if max_tokens is None else max_tokens,
@@ -152,6 +158,14 @@ class ChatMessage(_Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        """A reply's message, sent back as the next request's, has these keys with nothing in them."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if name not in REPLY_KEYS or value}
+
 
 class StreamOptions(_Part):
     include_usage: bool = False
@@ -165,6 +179,7 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
+    # these say nothing about the answer, and are ignored
     user: Any = None
     metadata: Any = None
     store: Any = None

@@ -7,7 +7,6 @@ capitals. An unknown `CROSSGATE_*` variable is an error, so that a misspelt limi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, SecretStr, ValidationError
@@ -31,7 +30,7 @@ STAGE_VARIABLES = frozenset(  # read by the two stages and the launcher, which s
 class Settings(BaseSettings):
     """Times in seconds. A field with an alias is that variable; the others are CROSSGATE_<FIELD>."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, populate_by_name=True)
 
     model_path: Path = Field(validation_alias="MODEL_PATH")
     host: str = Field("127.0.0.1", validation_alias="HOST")
@@ -44,7 +43,7 @@ class Settings(BaseSettings):
 
     max_images: int = Field(16, ge=0)  # of one request
     max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
-    max_image_pixels: int = Field(32_000_000, ge=1)  # of one picture
+    max_image_pixels: int = Field(32_000_000, ge=1, le=89_000_000)  # of one picture; Pillow's own limit is above it
     max_body_bytes: int = Field(64 << 20, ge=1)
     max_concurrent_requests: int = Field(64, ge=1)
     max_queue: int = Field(128, ge=0)  # requests that wait for one of the above
@@ -81,18 +80,16 @@ class Settings(BaseSettings):
         return frozenset(key for key in keys if key)
 
 
-def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings() -> Settings:
     """Settings of this process. Raises InvalidRequest, in one line for an operator, naming the variable."""
-    environ = os.environ if environ is None else environ
-    variables = {_variable(name): name for name in Settings.model_fields}
-    for name in environ:
+    variables = {_variable(field) for field in Settings.model_fields}
+    for name in os.environ:
         if name.startswith(PREFIX) and name not in variables and name not in STAGE_VARIABLES:
             raise InvalidRequest(f"{name} is not a setting of Crossgate.", param=name)
-    if not environ.get("MODEL_PATH"):
+    if not os.environ.get("MODEL_PATH"):
         raise InvalidRequest("MODEL_PATH is not set: it names the checkpoint's folder.", param="MODEL_PATH")
-    values = {field: environ[name] for name, field in variables.items() if environ.get(name)}
     try:
-        return Settings(_env_file=None, **values)  # type: ignore[arg-type]  # pydantic parses the strings
+        return Settings()  # type: ignore[call-arg]  # the environment gives what is missing
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])

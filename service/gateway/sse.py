@@ -23,11 +23,12 @@ HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx would hold events back
 }
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one a call
 Result = TypeVar("Result")
 
 
 def frame(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(data).encode() + b"\n\n"
 
 
 def error_frame(error: CrossgateError) -> bytes:
@@ -71,6 +72,8 @@ class EventStream(Response):
             except CrossgateError as error:
                 self._on_error(error)
                 await self._send(send, error_frame(error))
+            except ClientDisconnect:
+                raise
             except Exception:
                 log.exception("a stream failed")
                 failure = Internal("The server failed.")

@@ -41,9 +41,7 @@ class Trace:
 
 
 class Stages:
-    def __init__(
-        self, backend: Backend, encoder: PictureEncoder, resident: ResidentKeys, deadlines: Deadlines
-    ) -> None:
+    def __init__(self, backend: Backend, encoder: PictureEncoder, resident: ResidentKeys, deadlines: Deadlines) -> None:
         self._backend = backend
         self._encoder = encoder
         self._resident = resident

@@ -15,10 +15,11 @@ class StopStrings:
         if not self._stops:
             return text, False
         text = self._held + text
-        found = [index for index in map(text.find, self._stops) if index >= 0]
-        if found:
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        if found:  # several: the one complete first, as if the text had come character by character
             self._held = ""
-            return text[: min(found)], True
+            _, start = min(found)
+            return text[:start], True
         num_held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False

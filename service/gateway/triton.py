@@ -1,8 +1,8 @@
 """The two Triton models over gRPC, and the protocol that stands for them in tests.
 
 One channel a process, one bidirectional stream a request. `tritonclient`'s generated stubs are used directly: its
-`aio.InferenceServerClient.stream_infer` builds a result object a message, decodes BYTES through a numpy array of objects
-and lets raw gRPC errors out of the iterator, while a stub's call gives the bytes, and cancels with one method.
+`aio.InferenceServerClient.stream_infer` builds a result object and numpy arrays a message and lets raw gRPC
+errors out of its iterator; a stub's call gives the bytes, and cancels with one method.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import grpc
@@ -42,9 +43,7 @@ class Backend(Protocol):
         """`pixels` [3, H, W] -> latents [R, E]."""
         ...
 
-    def generate(
-        self, request: ValidRequest, latents: Mapping[str, NDArray[Any]]
-    ) -> AsyncGenerator[TokenEvent, None]:
+    def generate(self, request: ValidRequest, latents: Mapping[str, NDArray[Any]]) -> AsyncGenerator[TokenEvent, None]:
         """Events up to the one with a finish reason. `latents`: by key, of the pictures sent along. aclose cancels."""
         ...
 
@@ -59,8 +58,8 @@ class TritonBackend:
     """`image_size` and `probe_token`: of the tiny inferences that `ready` makes. Belongs to one event loop."""
 
     def __init__(self, url: str, *, image_size: int, probe_token: int, heartbeat_timeout_s: float) -> None:
-        self._channel = grpc.aio.insecure_channel(url, options=CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._url = url
+        self._channel: grpc.aio.Channel | None = None
         self._blank = np.zeros((3, image_size, image_size), np.uint8)
         self._probe = ValidRequest(input_ids=(probe_token,), sampling=SamplingParams(max_tokens=1, stream=False))
         self._heartbeat_timeout_s = heartbeat_timeout_s
@@ -105,7 +104,14 @@ class TritonBackend:
         return all(answers)
 
     async def close(self) -> None:
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
+
+    @cached_property
+    def _stub(self) -> Any:
+        """Made at the first call: a channel belongs to the event loop that runs when it is made."""
+        self._channel = grpc.aio.insecure_channel(self._url, options=CHANNEL_OPTIONS)
+        return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def _answers(self, model: str) -> bool:
         if time.monotonic() - self._heard.get(model, -np.inf) < FRESH_S:
@@ -131,8 +137,8 @@ def decoder_message(request: ValidRequest, latents: Mapping[str, NDArray[Any]]) 
     input_ids = np.asarray(request.input_ids, "<i4")
     _add_input(message, "input_ids", "INT32", input_ids.shape, input_ids.tobytes())
     if request.image_keys:
-        keys = b"".join(_bytes_element(key) for key in request.image_keys)
-        _add_input(message, "image_keys", "BYTES", (len(request.image_keys),), keys)
+        keys = bytes.fromhex("".join(request.image_keys))
+        _add_input(message, "image_keys", "UINT8", (len(request.image_keys), 32), keys)
         positions = np.asarray(request.image_positions, "<i4")
         _add_input(message, "image_positions", "INT32", positions.shape, positions.tobytes())
     if latents:
@@ -140,7 +146,8 @@ def decoder_message(request: ValidRequest, latents: Mapping[str, NDArray[Any]]) 
         _add_input(message, "latents", "FP16" if stacked.itemsize == 2 else "FP32", stacked.shape, stacked.tobytes())
         index = np.asarray([request.image_keys.index(key) for key in latents], "<i4")
         _add_input(message, "latent_index", "INT32", index.shape, index.tobytes())
-    _add_input(message, "sampling", "BYTES", (1,), _bytes_element(request.sampling.to_json()))
+    sampling = request.sampling.to_json().encode()
+    _add_input(message, "sampling", "UINT8", (len(sampling),), sampling)
     return message
 
 
@@ -151,22 +158,19 @@ def _add_input(
     message.raw_input_contents.append(raw)
 
 
-def _bytes_element(text: str) -> bytes:
-    raw = text.encode()
-    return len(raw).to_bytes(4, "little") + raw
-
-
 def _read_event(response: service_pb2.ModelInferResponse) -> TokenEvent:
     raw = {output.name: response.raw_output_contents[index] for index, output in enumerate(response.outputs)}
     token_ids = np.frombuffer(raw["token_ids"], "<i4").tolist()
-    return TokenEvent.from_json(raw["event"][4:], token_ids)  # after the length of its one element
+    event = raw["event"]
+    return TokenEvent(tuple(token_ids)) if event == b"{}" else TokenEvent.from_json(event, token_ids)
 
 
 def _read_latents(response: service_pb2.ModelInferResponse) -> NDArray[Any]:
     output = response.outputs[0]
     dtype = {"FP16": "<f2", "FP32": "<f4"}[output.datatype]
     latents = np.frombuffer(response.raw_output_contents[0], dtype).reshape(tuple(output.shape))  # [1, R, E]
-    return latents[0]
+    first: NDArray[Any] = latents[0]  # [R, E]
+    return first
 
 
 def _from_message(message: str) -> CrossgateError:

@@ -73,7 +73,7 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
 
 
 def _path(loc: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
-    """`loc` without the names of union branches that pydantic mixes in: only steps that exist in `data`, or the last."""
+    """`loc` without the names of union branches that pydantic mixes in: steps that exist in `data`, or the last."""
     path: list[int | str] = []
     for index, step in enumerate(loc):
         if (isinstance(data, dict) and step in data) or (

@@ -22,7 +22,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> features [B, P, E], the class token first."""
-        x = self.pre_layernorm(self.embeddings(pixels))
+        x: Tensor = self.pre_layernorm(self.embeddings(pixels))
         for layer in self.layers:
             x = layer(x)
         return x

@@ -16,7 +16,12 @@ from service.families import load_family
 
 
 def on_gpu() -> bool:
-    return not os.environ.get("DEVICE", "cpu").startswith("cpu")
+    """As DEVICE says, which `make serve` and the containers set; else it takes torch to know."""
+    if device := os.environ.get("DEVICE"):
+        return device != "cpu"
+    import torch
+
+    return torch.cuda.is_available()
 
 
 class TritonPythonModel:
@@ -38,7 +43,8 @@ class TritonPythonModel:
         self.torch = torch
         family = load_family(Path(os.environ["MODEL_PATH"]))
         dtype = os.environ.get("DTYPE") or ("bfloat16" if on_gpu() else "float32")
-        self.stage = VisionStage(family, os.environ.get("DEVICE", "cpu"), dtype)
+        device = os.environ.get("DEVICE") or ("cuda" if on_gpu() else "cpu")
+        self.stage = VisionStage(family, device, dtype)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One forward for all the requests that Triton's dynamic batcher put together."""
@@ -46,7 +52,7 @@ class TritonPythonModel:
         pixels = [self.torch.from_dlpack(tensor.to_dlpack()) for tensor in tensors]  # each (B, 3, H, W)
         try:
             latents = self.stage.encode(self.torch.cat(pixels)).cpu()  # (sum of B, R, E)
-        except Exception as error:
+        except Exception as error:  # whatever it is, every request is owed an answer
             pb_utils.Logger.log_error(f"vision_encoder: {error!r}")
             failure = pb_utils.TritonError(Internal("The vision encoder failed.").to_triton())
             return [pb_utils.InferenceResponse(error=failure) for _ in requests]

@@ -1,0 +1,76 @@
+# make serve    everything, from nothing to a first answer      MODEL_PATH=… PORT=… HOST=… make serve
+# make test     every test, those on real Triton too
+# make check    what CI checks: format, lint, types, layers
+# make clean    removes what these made, the virtual environment included
+
+PYTHON ?= python3
+VENV := .venv
+TRITON := .triton/pytriton/tritonserver/bin/tritonserver
+TRITON_WHEEL := nvidia-pytriton==0.7.0
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# pip install $(PACKAGES): one line for each package; its whole output only where it fails.
+define install
+mkdir -p .cache
+$(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cache/install.log \
+	| sed -nu -e 's/^Collecting \([^ ]*\).*/    \1/p' -e 's/^Building wheels.*/    building/p' -e 's/^Installing collected.*/    installing/p' \
+	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
+endef
+
+.PHONY: serve test check clean install install-dev
+.SILENT:
+
+serve: install
+	exec $(VENV)/bin/python -m service.launch
+
+test: install-dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: install-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	if command -v promtool >/dev/null && [ -f deploy/prometheus/prometheus.yml ]; then
+		promtool check config deploy/prometheus/prometheus.yml
+		promtool check rules deploy/prometheus/rules.yml deploy/prometheus/alerts.yml
+		promtool test rules deploy/prometheus/tests.yml
+	fi
+
+clean:
+	rm -rf $(VENV) .triton .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(VENV)/.serve $(TRITON)
+install-dev: $(VENV)/.dev $(TRITON)
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit("crossgate: needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	echo '» virtual environment'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.serve: PACKAGES = -e '.[gateway,stages,demo]'
+$(VENV)/.serve: $(VENV)/.made pyproject.toml
+	echo '» Python packages (once)'
+	$(install)
+	touch $@
+
+$(VENV)/.dev: PACKAGES = -e '.[gateway,stages,demo,dev]'
+$(VENV)/.dev: $(VENV)/.serve
+	echo '» packages for tests and checks (once)'
+	$(install)
+	touch $@
+
+# Its metadata asks for numpy<2 and more that the server does not need: into its own folder, without dependencies.
+$(TRITON): PACKAGES = --no-deps --target .triton $(TRITON_WHEEL)
+$(TRITON): | $(VENV)/.made
+	echo '» Triton Inference Server (once)'
+	rm -rf .triton
+	$(install)
+	touch $@

@@ -1,0 +1,64 @@
+"""Between the fused decoder's tensors and `service.contract`'s types.
+
+Tensors cross as DLPack, texts and keys as UINT8: the stub in the PyPI wheel reads NumPy 2 arrays wrongly and a BYTES
+tensor ends it, and bf16 has no NumPy form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton_python_backend_utils as pb_utils
+
+from service.contract import SamplingParams, TokenEvent, ValidRequest
+from service.errors import CrossgateError
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+def read_request(request: Any) -> tuple[ValidRequest, torch.Tensor | None, list[int]]:
+    """The request, its latents [S, R, E] and their index. Copies: the tensors' memory is Triton's.
+
+    Raises InvalidRequest if `sampling` is not what it should be; the engine checks the rest.
+    """
+    valid = ValidRequest(
+        input_ids=tuple(_integers(request, "input_ids")),
+        image_keys=tuple(bytes(key).hex() for key in _integers(request, "image_keys")),
+        image_positions=tuple(_integers(request, "image_positions")),
+        sampling=SamplingParams.from_json(bytes(_integers(request, "sampling"))),
+    )
+    return valid, _tensor(request, "latents"), _integers(request, "latent_index")
+
+
+def send(sender: Any, event: TokenEvent | CrossgateError | None) -> None:
+    """Send what the engine delivers; None says that the request was cancelled. FINAL is owed then, too.
+
+    Never raises: what Triton does not take is logged, since the engine's thread serves others, too.
+    """
+    try:
+        _send(sender, event)
+    except Exception as error:
+        pb_utils.Logger.log_error(f"fused_decoder: a response was not sent: {error!r}")
+
+
+def _send(sender: Any, event: TokenEvent | CrossgateError | None) -> None:
+    if event is None:
+        sender.send(flags=FINAL)
+    elif isinstance(event, CrossgateError):
+        sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(event.to_triton())), flags=FINAL)
+    else:
+        token_ids = torch.tensor(event.token_ids, dtype=torch.int32)
+        text = torch.frombuffer(bytearray(event.to_json().encode()), dtype=torch.uint8)
+        outputs = [pb_utils.Tensor.from_dlpack("token_ids", token_ids), pb_utils.Tensor.from_dlpack("event", text)]
+        sender.send(pb_utils.InferenceResponse(outputs), flags=0 if event.finish_reason is None else FINAL)
+
+
+def _tensor(request: Any, name: str) -> torch.Tensor | None:
+    found = pb_utils.get_input_tensor_by_name(request, name)
+    return None if found is None else torch.from_dlpack(found.to_dlpack()).clone()
+
+
+def _integers(request: Any, name: str) -> list[Any]:
+    found = _tensor(request, name)
+    return [] if found is None else found.tolist()

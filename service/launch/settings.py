@@ -1,0 +1,89 @@
+"""What the launcher takes from the environment, and the folders it works in."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.errors import InvalidRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache"
+WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """`model_path` None: the demo. `num_threads`: of each model process."""
+
+    model_path: Path | None
+    host: str
+    port: int
+    device: str
+    num_threads: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LaunchSettings:
+        """Raises InvalidRequest, in one line for an operator, for a value that cannot be."""
+        model_path = environment.get("MODEL_PATH")
+        return cls(
+            model_path=Path(model_path).expanduser().resolve() if model_path else None,
+            host=environment.get("HOST") or "127.0.0.1",
+            port=_integer(environment, "PORT", 8000, range(65536)),
+            device=environment.get("DEVICE") or ("cuda" if has_gpu() else "cpu"),
+            num_threads=_integer(environment, "CROSSGATE_NUM_THREADS", num_cores(), range(1, 1025)),
+        )
+
+    @property
+    def client_host(self) -> str:
+        """Where this machine reaches the gateway."""
+        return WILDCARDS.get(self.host, self.host)
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int, allowed: range) -> int:
+    text = environment.get(name)
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) not in allowed:
+        raise InvalidRequest(f"{name}={text} is not a number from {allowed.start} to {allowed.stop - 1}.", param=name)
+    return int(text)
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA driver and a torch that can use it; without the seconds that importing torch takes."""
+    return Path("/dev/nvidiactl").exists() and not importlib.metadata.version("torch").endswith("+cpu")
+
+
+def num_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its container (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no quota: "max"
+        return cores
+
+
+def claim_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises InvalidRequest, in one line for an operator, if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as error:
+        raise InvalidRequest(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another: PORT={port + 1} make serve",
+            param="PORT",
+        ) from error
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports, free now."""
+    with contextlib.ExitStack() as listeners:
+        sockets = [listeners.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [int(listener.getsockname()[1]) for listener in sockets]

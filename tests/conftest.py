@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.utils import logging
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_transformers() -> None:
+    logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))

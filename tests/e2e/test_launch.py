@@ -1,0 +1,123 @@
+"""The launcher: what an operator sees, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.checkpoints import make_idefics
+from tests.e2e.running import Running, command_of, descendants, interrupt, picture, question, wait_until_gone
+
+
+@pytest.fixture
+def own_service(tiny_checkpoint: Path) -> Iterator[Running]:
+    running = Running("--no-question", MODEL_PATH=str(tiny_checkpoint))
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.stop()
+
+
+def stub_of(running: Running, model: str) -> int:
+    return next(pid for pid in descendants(running.process.pid) if f"{model}/1/model.py" in command_of(pid))
+
+
+def wait_until_answered(running: Running, timeout_s: float = 90.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while httpx.post(f"{running.url}/v1/generate", json=question(picture(1)), timeout=60).status_code != 200:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("model", ["vision_encoder", "fused_decoder"])
+def test_a_killed_model_process_is_replaced_and_requests_are_answered_again(service: Running, model: str) -> None:
+    killed = stub_of(service, model)
+    os.kill(killed, signal.SIGKILL)
+    assert not wait_until_gone({killed}, 5)
+    response = httpx.post(f"{service.url}/v1/generate", json=question(picture(50)), timeout=60)
+    assert response.status_code in (200, 503)  # never hangs, never a stack trace
+    wait_until_answered(service)
+    assert stub_of(service, model) != killed
+    assert httpx.get(f"{service.url}/readyz").status_code == 200
+
+
+def test_a_killed_gateway_is_replaced(service: Running) -> None:
+    killed = next(pid for pid in descendants(service.process.pid) if "service.gateway" in command_of(pid))
+    os.kill(killed, signal.SIGKILL)
+    deadline_s = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline_s
+        try:
+            if httpx.get(f"{service.url}/readyz", timeout=10).status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    wait_until_answered(service)
+
+
+def test_an_interrupt_lets_a_running_request_finish_and_leaves_no_process(own_service: Running) -> None:
+    family = descendants(own_service.process.pid)
+    body = question(picture(1), max_tokens=60, ignore_eos=True, stream=True)
+    with httpx.stream("POST", f"{own_service.url}/v1/generate", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        interrupt(own_service)
+        rest = list(lines)
+    assert "data: [DONE]" in rest
+    assert own_service.wait_for_end() == 0
+    assert not wait_until_gone(family, 0)
+    assert not list(Path("/dev/shm").glob(f"crossgate-{own_service.process.pid}-*"))
+
+
+def test_a_second_interrupt_stops_at_once(own_service: Running) -> None:
+    family = descendants(own_service.process.pid)
+    body = question(picture(1), max_tokens=4000, ignore_eos=True, stream=True)
+    with httpx.stream("POST", f"{own_service.url}/v1/generate", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        interrupt(own_service)
+        own_service.wait_for("stopping")
+        interrupt(own_service)
+        own_service.wait_for_end(10)
+    assert not wait_until_gone(family, 0)
+
+
+def test_a_killed_launcher_takes_everything_with_it(own_service: Running) -> None:
+    family = descendants(own_service.process.pid)
+    own_service.process.kill()
+    own_service.process.wait()
+    assert not wait_until_gone(family, 20)
+
+
+def test_a_port_in_use_is_one_clear_line(tiny_checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        running = Running(MODEL_PATH=str(tiny_checkpoint), PORT=str(port))
+        assert running.wait_for_end() == 2
+    assert len(running.lines) == 1
+    assert f"127.0.0.1:{port}" in running.lines[0]
+    assert "in use" in running.lines[0]
+
+
+def test_a_folder_that_is_no_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    running = Running(MODEL_PATH=str(tmp_path))
+    assert running.wait_for_end() == 2
+    assert running.lines == [f"crossgate: {tmp_path} is not a checkpoint folder: it has no config.json."]
+
+
+def test_a_checkpoint_without_weights_is_one_clear_line(tmp_path: Path) -> None:
+    folder = make_idefics(tmp_path / "broken")
+    (folder / "model.safetensors").unlink()
+    running = Running(MODEL_PATH=str(folder))
+    assert running.wait_for_end() == 2
+    assert len(running.lines) == 2  # what it loads, and why it cannot
+    assert "safetensors" in running.lines[1]
+    assert "Traceback" not in running.lines[1]

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import Tokenizer
+
+from service.families import Family
+from service.gateway.app import create_app
+from service.gateway.server import DrainingServer, listen
+from service.gateway.settings import Settings
+from tests.gateway.checkpoints import byte_level_tokenizer, make_family
+from tests.gateway.fakes import FakeBackend
+
+REPLY = "There are three cats and a naïve 🙂 bird."
+MakeApp = Callable[..., FastAPI]
+Connect = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_level_tokenizer()
+
+
+@pytest.fixture
+def family(tmp_path: Path, tokenizer: Tokenizer) -> Family:
+    return make_family(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def backend(tokenizer: Tokenizer) -> FakeBackend:
+    ending = tokenizer.token_to_id("<|im_end|>")
+    return FakeBackend(script=(*tokenizer.encode(REPLY).ids, ending))
+
+
+@pytest.fixture
+def make_app(family: Family, tokenizer: Tokenizer, backend: FakeBackend) -> MakeApp:
+    def make(**changes: Any) -> FastAPI:
+        settings = Settings(**{"model_path": family.folder, "model_name": "tiny", **changes})
+        return create_app(settings, family, tokenizer, backend)
+
+    return make
+
+
+@pytest.fixture
+def connect(make_app: MakeApp) -> Connect:
+    """A client of an app in this process, without a network: `async with connect(max_images=2) as client`."""
+
+    @asynccontextmanager
+    async def connected(**changes: Any) -> AsyncIterator[httpx.AsyncClient]:
+        app = make_app(**changes)
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
+        ):
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+
+    return connected
+
+
+@pytest.fixture
+def serve(make_app: MakeApp) -> Connect:
+    """A client of a real server on a free port, where streaming and disconnects are real."""
+
+    @asynccontextmanager
+    async def served(*, drain_timeout_s: float = 10.0, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
+        app = make_app(**changes)
+        listener = listen("127.0.0.1", 0)
+        config = uvicorn.Config(app, log_config=None, access_log=False)
+        server = DrainingServer(config, app.state.admission, drain_timeout_s)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+            client.app, client.server = app, server  # type: ignore[attr-defined]
+            try:
+                yield client
+            finally:
+                server.should_exit = True
+                server.config.timeout_graceful_shutdown = 1
+                await task
+
+    return served

@@ -1,0 +1,106 @@
+"""A backend without a model that behaves like the two stages: residency, a script of tokens, delays, errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.contract import FinishReason, Timings, TokenEvent, Usage, ValidRequest
+from service.errors import CrossgateError, ImageNotResident
+
+
+@dataclass
+class FakeBackend:
+    """Answers every request with `script`, up to its max_tokens, and keeps what it was asked.
+
+    `gate`: tokens from the second on wait for it. `failures`: raised by the next calls of generate, first one first.
+    `fail_after`: (number of tokens, error) raised in mid-stream.
+    """
+
+    script: tuple[int, ...]
+    step_s: float = 0.0
+    encode_s: float = 0.0
+    tokens_per_event: int = 1
+    gate: asyncio.Event | None = None
+    encode_gate: asyncio.Event | None = None
+    failures: list[CrossgateError] = field(default_factory=list)
+    fail_after: tuple[int, CrossgateError] | None = None
+    encode_failure: CrossgateError | None = None
+    is_ready: bool = True
+    resident: set[str] = field(default_factory=set)
+    requests: list[ValidRequest] = field(default_factory=list)
+    sent: list[set[str]] = field(default_factory=list)
+    latents: dict[str, NDArray[Any]] = field(default_factory=dict)
+    num_encoded: int = 0
+    num_running: int = 0
+    num_cancelled: int = 0
+    closed: bool = False
+
+    async def encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        assert pixels.dtype == np.uint8 and pixels.ndim == 3
+        self.num_encoded += 1
+        if self.encode_gate is not None:
+            await self.encode_gate.wait()
+        await asyncio.sleep(self.encode_s)
+        if self.encode_failure is not None:
+            raise self.encode_failure
+        return np.full((4, 8), pixels.mean(), np.float32)
+
+    async def generate(
+        self, request: ValidRequest, latents: Mapping[str, NDArray[Any]]
+    ) -> AsyncGenerator[TokenEvent, None]:
+        self.requests.append(request)
+        self.sent.append(set(latents))
+        self.latents |= latents
+        if self.failures:
+            raise self.failures.pop(0)
+        keys = set(request.image_keys)
+        cached = len(keys & self.resident)
+        lacking = keys - self.resident - latents.keys()
+        if lacking:
+            raise ImageNotResident("Pictures are not resident.", keys=tuple(sorted(lacking)))
+        self.resident |= keys
+        self.num_running += 1
+        try:
+            async for event in self._events(request, cached):
+                yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_running -= 1
+
+    async def _events(self, request: ValidRequest, cached: int) -> AsyncGenerator[TokenEvent, None]:
+        limit = request.sampling.max_tokens
+        tokens = self.script[:limit]
+        reason = FinishReason.LENGTH if limit <= len(self.script) else FinishReason.STOP
+        usage = Usage(len(request.input_ids), len(tokens), len(request.image_keys), cached)
+        timings = Timings(queue_ms=1.0, prefill_ms=2.0, decode_ms=3.0)
+        if not request.sampling.stream:
+            await asyncio.sleep(self.step_s * len(tokens))
+            if self.gate is not None:
+                await self.gate.wait()
+            yield TokenEvent(tokens, reason, usage, timings)
+            return
+        for start in range(0, len(tokens), self.tokens_per_event):
+            await asyncio.sleep(self.step_s)
+            if start and self.gate is not None:
+                await self.gate.wait()
+            if self.fail_after is not None and start >= self.fail_after[0]:
+                raise self.fail_after[1]
+            end = start + self.tokens_per_event
+            if end < len(tokens):
+                yield TokenEvent(tokens[start:end])
+            else:
+                yield TokenEvent(tokens[start:], reason, usage, timings)
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+    async def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,141 @@
+"""The planner's counts against the tensors that the decoder really makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from service.capacity import BLOCK_SIZE, DTYPE_BYTES, main, num_parameters, parse_size, plan
+from service.decoder import kv_blocks
+from service.decoder.cross_attention import ImagePages
+from service.decoder.model import Decoder
+from service.decoder.self_kv_cache import SelfKVCache
+from service.decoder.settings import DTYPES
+from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
+
+CROSS = CrossAttentionConfig(
+    layers=(0, 2),
+    vision_width=24,
+    num_latents=5,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+    ffn_width=48,
+    qk_norm=True,
+    vector_gate=True,
+    unseen=Unseen.SKIP_BLOCK,
+)
+CONFIG = DecoderConfig(
+    vocab_size=103,
+    num_logits=100,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=8,
+    ffn_width=64,
+    eps=1e-5,
+    rope_theta=1e4,
+    max_positions=128,
+    tied_head=False,
+    cross_attention=CROSS,
+)
+OTHERS = [
+    CONFIG,
+    dataclasses.replace(CONFIG, tied_head=True),
+    dataclasses.replace(CONFIG, cross_attention=dataclasses.replace(CROSS, qk_norm=False, vector_gate=False)),
+    dataclasses.replace(CONFIG, num_kv_heads=4, cross_attention=dataclasses.replace(CROSS, layers=(1,))),
+]
+IDEFICS_9B = {
+    "model_type": "idefics",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "cross_layer_interval": 4,
+    "vocab_size": 32000,
+    "additional_vocab_size": 2,
+    "qk_layer_norms": True,
+    "use_resampler": True,
+    "vision_config": {"embed_dim": 1280},
+    "perceiver_config": {"resampler_n_latents": 64},
+}
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_parameters_are_those_of_the_real_decoder(config):
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert num_parameters(config) == sum(parameter.numel() for parameter in decoder.parameters())
+
+
+@pytest.mark.parametrize("config", OTHERS)
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_bytes_are_those_of_the_real_caches(config, dtype):
+    capacity = plan(config, dtype, memory_bytes=10**9, reserve=0.0)
+    device = torch.device("meta")
+    tokens = SelfKVCache(config, 7, device, DTYPES[dtype])
+    assert capacity.token_bytes * 7 * BLOCK_SIZE == tokens.k.nbytes + tokens.v.nbytes
+    pictures = ImagePages(config.cross_attention, 11, device, DTYPES[dtype])
+    assert capacity.picture_bytes * 11 == pictures.k.nbytes + pictures.v.nbytes
+
+
+def test_constants_are_the_engines():
+    assert kv_blocks.BLOCK_SIZE == BLOCK_SIZE
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == DTYPE_BYTES
+
+
+def test_what_fits_stays_within_its_share():
+    memory = 10**8
+    capacity = plan(CONFIG, "bfloat16", memory, reserve=0.25)
+    free = 0.75 * memory - capacity.weight_bytes
+    used = capacity.num_tokens * capacity.token_bytes, capacity.num_pictures * capacity.picture_bytes
+    assert 0.6 * free - BLOCK_SIZE * capacity.token_bytes < used[0] <= 0.6 * free
+    assert 0.2 * free - capacity.picture_bytes < used[1] <= 0.2 * free
+    assert capacity.max_batch(100) == capacity.num_tokens // 112  # whole blocks
+
+
+def test_model_that_does_not_fit_leaves_room_for_nothing():
+    capacity = plan(CONFIG, "float32", memory_bytes=1000, reserve=0.1)
+    assert (capacity.num_tokens, capacity.num_pictures) == (0, 0)
+
+
+def test_step_reads_weights_once_and_kv_for_each_sequence():
+    capacity = plan(CONFIG, "float16", memory_bytes=10**9, reserve=0.1)
+    one, many = capacity.step_bytes(1, 64, 2), capacity.step_bytes(9, 64, 2)
+    assert many - one == 8 * (64 * capacity.token_bytes + 2 * capacity.picture_bytes)
+    assert capacity.weight_bytes - capacity.read_bytes == CONFIG.vocab_size * CONFIG.width * 2
+    tied = plan(OTHERS[1], "float16", memory_bytes=10**9, reserve=0.1)
+    assert tied.read_bytes == tied.weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("3.35TB/s", 3_350_000_000_000), ("141 gb", 141 * 10**9), ("7", 7)],
+)
+def test_sizes_are_read_as_people_write_them(text, count):
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "8XB", "GB", "-3GB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError):
+        parse_size(text)
+
+
+def test_command_plans_from_a_config_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(IDEFICS_9B))
+    assert main([str(tmp_path), "--gpu-memory", "80GB", "--bandwidth", "3.35TB/s"]) == 0
+    out = capsys.readouterr().out
+    assert "a token    524.29 kB" in out  # 2 · 32 · 32 · 128 · 2 bytes
+    assert "a picture  8.39 MB" in out  # 2 · 8 · 64 · 32 · 128 · 2 bytes
+    assert "as much as 16.0 tokens" in out
+    assert "does not fit" in out
+
+
+def test_folder_that_is_no_checkpoint_is_one_clear_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
