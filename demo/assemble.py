@@ -52,7 +52,8 @@ def assemble(target: Path = TARGET, connector: Path = CONNECTOR) -> Path:
         template = language_model.metadata["tokenizer.chat_template"]
         for name, content in side_files(config, template).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        folder.chmod(0o755)
+        folder.chmod(0o755)  # safetensors and tempfile keep theirs private; a container's user must read them
+        (folder / "model.safetensors").chmod(0o644)
         if target.exists():
             shutil.rmtree(target)
         os.replace(folder, target)

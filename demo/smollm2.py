@@ -107,4 +107,3 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     assert tokenizer.token_to_id(IMAGE_TOKEN) == IMAGE_TOKEN_ID
     return tokenizer
-

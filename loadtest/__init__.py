@@ -1,1 +1,1 @@
-"""Load on a running Crossgate, over HTTP only: nothing here imports the service."""
+"""Load on a running Crossgate, over HTTP only; and `affinity`, a model of many, which alone imports `service`."""

@@ -75,7 +75,7 @@ class SamplingParams:
             fields = json.loads(text)
             fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
             return cls(**fields)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise InvalidRequest("sampling must be a JSON object of SamplingParams.", param="sampling") from error
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+torch.set_num_threads(1)  # tensors here are tiny; threads that wait for a core are slower than none
+
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_transformers() -> None:

@@ -42,7 +42,7 @@ class DecoderSettings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> DecoderSettings:
         """Raises InvalidRequest for values that are not positive integers."""
-        device = environment.get("DEVICE") or "cpu"
+        device = environment.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = device != "cpu"
         return cls(
             device=device,

@@ -20,7 +20,7 @@ def load_family(folder: Path) -> Family:
     if not config_file.is_file():
         raise InvalidRequest(f"{folder} is not a checkpoint folder: it has no config.json.", param="MODEL_PATH")
     try:
-        config = json.loads(config_file.read_text())
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         model_type = config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"{config_file} is not JSON with a model_type.", param="MODEL_PATH") from error

@@ -191,7 +191,7 @@ def load_chat_template(folder: Path) -> str | None:
     """The chat template as publishers ship it: a file of its own, or a field of tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from service.errors import CrossgateError
@@ -11,6 +12,7 @@ from service.gateway.logs import configure_logs
 from service.gateway.prompt import load_tokenizer
 from service.gateway.server import listen, serve
 from service.gateway.settings import Settings, load_settings
+from service.gateway.tracing import Tracing, configure_tracing
 from service.gateway.triton import TritonBackend
 
 
@@ -19,21 +21,25 @@ def main() -> int:
         settings = load_settings()
         configure_logs(settings.log_level)
         family = load_family(settings.model_path)
-        app = create_app(settings, family, load_tokenizer(settings.model_path), _backend(settings, family))
+        tracing, end_tracing = configure_tracing(os.environ)
+        backend = _backend(settings, family, tracing)
+        app = create_app(settings, family, load_tokenizer(settings.model_path), backend, tracing)
         listener = listen(settings.host, settings.port)
     except CrossgateError as error:
         print(f"crossgate: {error.message}", file=sys.stderr)
         return 2
     serve(app, listener, settings.drain_timeout_s)
+    end_tracing()
     return 0
 
 
-def _backend(settings: Settings, family: Family) -> TritonBackend:
+def _backend(settings: Settings, family: Family, tracing: Tracing) -> TritonBackend:
     return TritonBackend(
         settings.triton_url,
         image_size=family.vision.encoder.image_size,
         probe_token=family.bos_token_id or 0,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        tracing=tracing,
     )
 
 

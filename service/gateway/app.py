@@ -35,15 +35,19 @@ from service.gateway.routes import model_routes
 from service.gateway.schemas import SamplingDefaults
 from service.gateway.settings import Settings
 from service.gateway.stages import Deadlines, Stages
+from service.gateway.tracing import Tracing
 from service.gateway.triton import Backend
 from service.gateway.validation import invalid_request
 
 
-def create_app(settings: Settings, family: Family, tokenizer: Tokenizer, backend: Backend) -> FastAPI:
+def create_app(
+    settings: Settings, family: Family, tokenizer: Tokenizer, backend: Backend, tracing: Tracing | None = None
+) -> FastAPI:
     """The app closes `backend` when it ends. `app.state.admission` is there for whoever drains it.
 
     Raises InvalidRequest, for an operator, if the checkpoint's template or the key file is no good.
     """
+    tracing = tracing or Tracing()
     metrics = Metrics(CollectorRegistry())
     admission = Admission(
         max_running=settings.max_concurrent_requests,
@@ -68,6 +72,7 @@ def create_app(settings: Settings, family: Family, tokenizer: Tokenizer, backend
         Stages(backend, encoder, ResidentKeys(settings.max_resident_keys), deadlines),
         Vocabulary(tokenizer),
         metrics,
+        tracing,
     )
 
     @asynccontextmanager
@@ -81,7 +86,11 @@ def create_app(settings: Settings, family: Family, tokenizer: Tokenizer, backend
     app.include_router(model_routes(settings, pipeline, metrics, chat_defaults(family.folder), int(time.time())))
     app.include_router(probe_routes(admission, backend, metrics))
     app.add_middleware(
-        Edge, metrics=metrics, max_body_bytes=settings.max_body_bytes, client_timeout_s=settings.client_timeout_s
+        Edge,
+        metrics=metrics,
+        tracing=tracing,
+        max_body_bytes=settings.max_body_bytes,
+        client_timeout_s=settings.client_timeout_s,
     )
     install_docs(app)
     install_errors(app, metrics)

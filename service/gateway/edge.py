@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import Internal, InvalidRequest, TooLarge
 from service.gateway.logs import request_id
 from service.gateway.metrics import Metrics
+from service.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +27,28 @@ CLIENT_LEFT = 499  # never sent; nginx's number, for logs and metrics
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int, client_timeout_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing, max_body_bytes: int, client_timeout_s: float
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
         self._max_body_bytes = max_body_bytes
         self._client_timeout_s = client_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif scope["path"] in QUIET_PATHS:
+            await self._handle(scope, receive, send)
+        else:
+            with self._tracing.request(scope["method"], Headers(scope=scope)) as span:
+                status = await self._handle(scope, receive, send)
+                span.update_name(f"{scope['method']} {_route(scope)}")
+                span.set_attribute("http.response.status_code", status)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """Returns the status that was sent."""
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         current = given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         token = request_id.set(current)
@@ -62,6 +75,7 @@ class Edge:
         finally:
             self._tell(scope, status, time.perf_counter() - start)
             request_id.reset(token)
+        return status
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that counts the bytes which really come and, until the body has ended, waits only so long."""
@@ -86,7 +100,11 @@ class Edge:
         return limited
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")  # not the path: anybody can invent those
-        self._metrics.http_requests.labels(route, status).inc()
+        self._metrics.http_requests.labels(_route(scope), status).inc()
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(seconds * 1e3, 1)}
         log.log(logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO, "request", extra={"fields": fields})
+
+
+def _route(scope: Scope) -> str:
+    """Of the path only what we have named ourselves: anybody can invent paths."""
+    return str(getattr(scope.get("route"), "path", "other"))

@@ -6,6 +6,8 @@ import json
 import logging
 from contextvars import ContextVar
 
+from service.gateway.tracing import current_trace_id
+
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
@@ -21,6 +23,8 @@ class JsonFormatter(logging.Formatter):
         }
         if (current := request_id.get()) is not None:
             entry["request_id"] = current
+        if (trace_id := current_trace_id()) is not None:
+            entry["trace_id"] = trace_id
         entry.update(getattr(record, "fields", {}))
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

@@ -18,6 +18,7 @@ from service.gateway.prompt import PromptBuilder
 from service.gateway.schemas import Question
 from service.gateway.stages import Stages, Trace
 from service.gateway.stop_strings import StopStrings
+from service.gateway.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Pipeline:
         stages: Stages,
         vocabulary: Vocabulary,
         metrics: Metrics,
+        tracing: Tracing,
     ) -> None:
         self._admission = admission
         self._pictures = pictures
@@ -62,12 +64,14 @@ class Pipeline:
         self._stages = stages
         self._vocabulary = vocabulary
         self._metrics = metrics
+        self._tracing = tracing
 
     async def answer(self, question: Question) -> AsyncGenerator[Piece, None]:
         """Closing or cancelling it cancels both stages. Raises CrossgateError."""
         clock = _Clock(self._metrics)
         async with self._admission.slot():
             clock.admitted()
+            self._tracing.passed("admission", clock.waited_s)
             pictures = await self._pictures.read(question.pictures)
             request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
             pixels = {picture.key: picture.pixels for picture in pictures}

@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.contract import FUSED_DECODER, VISION_ENCODER, SamplingParams, TokenEvent, ValidRequest
 from service.errors import CrossgateError, Internal, Overloaded, StageTimeout, Unavailable, from_triton
+from service.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -57,23 +58,27 @@ class Backend(Protocol):
 class TritonBackend:
     """`image_size` and `probe_token`: of the tiny inferences that `ready` makes. Belongs to one event loop."""
 
-    def __init__(self, url: str, *, image_size: int, probe_token: int, heartbeat_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, image_size: int, probe_token: int, heartbeat_timeout_s: float, tracing: Tracing | None = None
+    ) -> None:
         self._url = url
         self._channel: grpc.aio.Channel | None = None
         self._blank = np.zeros((3, image_size, image_size), np.uint8)
         self._probe = ValidRequest(input_ids=(probe_token,), sampling=SamplingParams(max_tokens=1, stream=False))
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._tracing = tracing or Tracing()
         self._heard: dict[str, float] = {}  # model -> when it last answered; real answers spare the heartbeat
 
     async def encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         message = service_pb2.ModelInferRequest(model_name=VISION_ENCODER)
         _add_input(message, "pixels", "UINT8", (1, *pixels.shape), pixels.tobytes())
-        try:
-            response = await self._stub.ModelInfer(message)
-        except grpc.aio.AioRpcError as error:
-            raise _from_rpc(error) from error
-        except asyncio.CancelledError as error:
-            raise _whose_cancel(error) from error
+        with self._tracing.call("encode") as trace:
+            try:
+                response = await self._stub.ModelInfer(message, metadata=trace)
+            except grpc.aio.AioRpcError as error:
+                raise _from_rpc(error) from error
+            except asyncio.CancelledError as error:
+                raise _whose_cancel(error) from error
         self._heard[VISION_ENCODER] = time.monotonic()
         return _read_latents(response)
 
@@ -81,23 +86,24 @@ class TritonBackend:
         self, request: ValidRequest, latents: Mapping[str, NDArray[Any]]
     ) -> AsyncGenerator[TokenEvent, None]:
         metadata = ((IMAGE_KEY_HEADER, request.image_keys[0]),) if request.image_keys else ()
-        call = self._stub.ModelStreamInfer(metadata=metadata)
-        try:
-            await call.write(decoder_message(request, latents))
-            await call.done_writing()
-            while (response := await call.read()) is not grpc.aio.EOF:
-                if response.error_message:
-                    raise _from_message(response.error_message)
-                self._heard[FUSED_DECODER] = time.monotonic()
-                yield _read_event(response.infer_response)
-        except grpc.aio.AioRpcError as error:
-            raise _from_rpc(error) from error
-        except asyncio.InvalidStateError as error:  # a write on a call that the server has ended
-            raise _from_rpc_state(await call.code(), await call.details()) from error
-        except asyncio.CancelledError as error:
-            raise _whose_cancel(error) from error
-        finally:
-            call.cancel()  # nothing happens if the stream has ended
+        with self._tracing.call("generate", pictures=len(request.image_keys), latents=len(latents)) as trace:
+            call = self._stub.ModelStreamInfer(metadata=(*metadata, *trace))
+            try:
+                await call.write(decoder_message(request, latents))
+                await call.done_writing()
+                while (response := await call.read()) is not grpc.aio.EOF:
+                    if response.error_message:
+                        raise _from_message(response.error_message)
+                    self._heard[FUSED_DECODER] = time.monotonic()
+                    yield _read_event(response.infer_response)
+            except grpc.aio.AioRpcError as error:
+                raise _from_rpc(error) from error
+            except asyncio.InvalidStateError as error:  # a write on a call that the server has ended
+                raise _from_rpc_state(await call.code(), await call.details()) from error
+            except asyncio.CancelledError as error:
+                raise _whose_cancel(error) from error
+            finally:
+                call.cancel()  # nothing happens if the stream has ended
 
     async def ready(self) -> bool:
         answers = await asyncio.gather(self._answers(VISION_ENCODER), self._answers(FUSED_DECODER))

@@ -48,8 +48,12 @@ def serve(settings: LaunchSettings, family: Family, port: int, *, question: bool
     answer: list[bool] = []  # of the asking thread, once it has asked
 
     def ask() -> None:
-        answer.append(first_question.ask(family, settings.client_host, port))
-        print(f"\n  Ask the next:\n\n{first_question.how_to_ask(family, settings.client_host, port)}\n", flush=True)
+        try:
+            answer.append(first_question.ask(family, settings.client_host, port))
+            print(f"\n  Ask the next:\n\n{first_question.how_to_ask(family, settings.client_host, port)}\n", flush=True)
+        except OSError as error:  # no picture to ask about
+            answer.append(False)
+            say(f"the first question was not asked: {error}")
         supervisor.wake()
 
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from service.families import Family, load_family
 from service.launch.settings import CACHE, ROOT
 
 CONNECTOR = ROOT / "demo" / "connector.safetensors"
-ASSEMBLE = "import pathlib, sys; from demo.assemble import assemble; assemble(*map(pathlib.Path, sys.argv[1:]))"
+RECIPE = ("assemble", "encoder", "gguf_file", "packages", "recipe", "smollm2")
 
 
 def load_checkpoint(model_path: Path | None) -> Family:
@@ -28,15 +27,13 @@ def demo_checkpoint() -> Path:
     """
     target, stamp = CACHE / "demo", CACHE / "demo" / ".assembled_from"
     try:
-        sources = [CONNECTOR, ROOT / "demo" / "assemble.py", ROOT / "demo" / "packages.py"]
+        sources = [CONNECTOR, *(CONNECTOR.with_name(f"{name}.py") for name in RECIPE)]
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     except OSError as error:
         raise Unavailable(f"The demo is incomplete: {error.filename} cannot be read.") from error
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
         return target
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", ASSEMBLE, str(target), str(CONNECTOR)]
+    command = [sys.executable, "-m", "demo.assemble", str(target), "--connector", str(CONNECTOR)]
     if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
         raise Unavailable("The demo checkpoint could not be assembled; the lines above say why.")
     stamp.write_text(digest, encoding="utf-8")

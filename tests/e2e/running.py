@@ -33,7 +33,7 @@ class Running:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.launch", *arguments],
             cwd=ROOT,
-            env={**os.environ, "PORT": "0", "DEVICE": "cpu", **environment},
+            env={**os.environ, "PORT": "0", "DEVICE": "cpu", "CROSSGATE_NUM_THREADS": "1", **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
