@@ -10,6 +10,9 @@ Reads config.json only. With s bytes per number (2 for bfloat16), X gated blocks
     bytes per step = weights read + B · (context · token bytes + seen · picture bytes)
     tokens/s      <= B · bandwidth / bytes per step
 
+Left to itself the engine takes no more than 16,384 pictures and the tokens of CROSSGATE_MAX_RUNNING full contexts;
+CROSSGATE_IMAGE_PAGES and CROSSGATE_KV_BLOCKS set each.
+
 A step reads each weight once, whatever the batch, but of an untied embedding only the rows it looks up; it writes one
 token's K/V a sequence, which is left out. The ceiling is of reading alone: it supposes that computing hides behind it,
 which ends at the batch where the GPU's arithmetic becomes the limit, and no kernel reaches all of the bandwidth.
