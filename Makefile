@@ -61,7 +61,7 @@ $(VENV)/.serve: $(VENV)/.made pyproject.toml
 	$(install)
 	touch $@
 
-$(VENV)/.dev: PACKAGES = -e '.[gateway,stages,demo,dev]'
+$(VENV)/.dev: PACKAGES = -e '.[gateway,stages,demo,otel,dev]'
 $(VENV)/.dev: $(VENV)/.serve
 	echo '» packages for tests and checks (once)'
 	$(install)

@@ -14,7 +14,7 @@ import time
 from service.errors import CrossgateError, Unavailable
 from service.families import Family
 from service.launch import first_question
-from service.launch.client import answers
+from service.launch.client import answers_within
 from service.launch.model_path import load_checkpoint
 from service.launch.services import LOOPBACK, log_folder, make_services
 from service.launch.settings import ROOT, LaunchSettings, claim_port, free_ports
@@ -59,7 +59,7 @@ def serve(settings: LaunchSettings, family: Family, port: int, *, question: bool
     try:
         with supervisor.running():
             if supervisor.wait_until_ready():
-                if not answers(settings.client_host, port, "/readyz", timeout_s=60.0):  # Triton's health says less
+                if not answers_within(settings.client_host, port, "/readyz", timeout_s=60.0):  # Triton's health says less
                     raise Unavailable(f"The models are loaded but do not answer; see {log_folder(port)}.")
                 say(
                     f"ready in {time.monotonic() - begin_s:.1f} s (Triton and the models {triton.ready_s:.1f} s, the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,16 @@ def answers(host: str, port: int, path: str, timeout_s: float = 10.0) -> bool:
         return False
     finally:
         connection.close()
+
+
+def answers_within(host: str, port: int, path: str, timeout_s: float) -> bool:
+    """Whether a GET gives 200 before the time is over; a gateway that was asked early still waits to reconnect."""
+    deadline_s = time.monotonic() + timeout_s
+    while not answers(host, port, path, timeout_s):
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def stream_events(host: str, port: int, path: str, body: dict[str, Any], timeout_s: float) -> Iterator[dict[str, Any]]:
