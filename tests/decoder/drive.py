@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ Pictures = NDArray[np.uint8]  # [T, 3, H, W]
 
 def make_request(family: Family, input_ids: list[int], pictures: Pictures, sampling: SamplingParams) -> ValidRequest:
     positions = tuple(index for index, token in enumerate(input_ids) if token == family.image_token_id)
-    keys = tuple(picture.tobytes().hex()[:64] for picture in pictures)
+    keys = tuple(hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures)
     return ValidRequest(tuple(input_ids), keys, positions, sampling)
 
 

@@ -28,10 +28,10 @@ def test_stream_is_measured_from_sending_to_done(route):
         reply = ask_once(url, ASK, route, stream=True)
     assert reply.error is None
     assert reply.text == "word word word "
-    assert 100 <= reply.ttft_ms < 140  # not the role's chunk, which comes at once
+    assert reply.ttft_ms >= 100  # not the role's chunk, which comes at once
     assert len(reply.gaps_ms) == 2
-    assert all(35 < gap < 75 for gap in reply.gaps_ms)
-    assert reply.e2e_ms >= 180
+    assert all(gap > 30 for gap in reply.gaps_ms)  # not read in blocks, where the first gap holds all and the rest none
+    assert reply.e2e_ms >= reply.ttft_ms + sum(reply.gaps_ms)
     assert reply.usage["cached_images"] == 1
     assert reply.timings["prefill_ms"] == 20.0
 
