@@ -40,7 +40,10 @@ check: install-dev
 		promtool check config deploy/prometheus/prometheus.yml
 		promtool check rules deploy/prometheus/rules.yml deploy/prometheus/alerts.yml
 		promtool test rules deploy/prometheus/tests.yml
+	else
+		echo 'crossgate: promtool is not installed (Debian: prometheus); its checks are left out' >&2
 	fi
+	$(VENV)/bin/python -m pytest -q tests/deploy/test_kubernetes.py
 
 clean:
 	rm -rf $(VENV) .triton .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent / "pyproject.toml"
 # tokenizers declares a hub's client, and so all it needs; it imports that only to download, which we never do.
 HUB = {"filelock", "fsspec", "hf-xet", "httpcore2", "httpx2", "huggingface_hub", "pyyaml", "tqdm", "truststore"}
-EXTRAS = {"gateway": ["gateway"], "triton": ["stages"], "demo": ["stages", "demo"]}
+EXTRAS = {"gateway": ["gateway", "otel"], "triton": ["stages"], "demo": ["stages", "demo"]}
 
 
 def direct_pins(extras: list[str]) -> list[str]:

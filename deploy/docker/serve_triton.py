@@ -33,7 +33,20 @@ def command(arguments: list[str]) -> list[str]:
         "allow-cpu-metrics": "false",
         "backend-config=python,stub-timeout-seconds": LOAD_TIMEOUT_S,
     }
-    return ["tritonserver", *(f"--{name}={value}" for name, value in flags.items()), *arguments]
+    return ["tritonserver", *(f"--{name}={value}" for name, value in flags.items()), *tracing(), *arguments]
+
+
+def tracing() -> list[str]:
+    """Spans of the requests that arrive with a trace, to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names."""
+    collector = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/")
+    settings = (
+        "mode=opentelemetry",
+        "rate=0",
+        "count=-1",
+        "level=TIMESTAMPS",
+        f"opentelemetry,url={collector}/v1/traces",
+    )
+    return [f"--trace-config={setting}" for setting in settings] if collector else []
 
 
 def environment() -> dict[str, str]:

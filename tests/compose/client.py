@@ -34,7 +34,7 @@ class Answer:
     """What came over one stream. `status` None: there was no HTTP reply."""
 
     status: int | None = None
-    num_pieces: int = 0
+    num_tokens: int = 0
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
@@ -49,9 +49,9 @@ class Answer:
         """A clean error after the first token: an error event, and no [DONE]."""
         if self.is_complete:
             return "complete"
-        if self.num_pieces and self.error is not None and not self.done:
+        if self.num_tokens and self.error is not None and not self.done:
             return "clean error after the first token"
-        return "broken after the first token" if self.num_pieces else "failed before the first token"
+        return "broken after the first token" if self.num_tokens else "failed before the first token"
 
 
 def ask(url: str, number: int | None, max_tokens: int, started: threading.Event | None = None) -> Answer:
@@ -63,6 +63,7 @@ def ask(url: str, number: int | None, max_tokens: int, started: threading.Event 
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "return_token_ids": True,
     }
     answer = Answer()
     try:
@@ -76,7 +77,7 @@ def ask(url: str, number: int | None, max_tokens: int, started: threading.Event 
                     answer.done = True
                 elif line.startswith("data: "):
                     read_event(json.loads(line.removeprefix("data: ")), answer)
-                if started is not None and answer.num_pieces:
+                if started is not None and answer.num_tokens:
                     started.set()
     except httpx.HTTPError as error:
         answer.error = answer.error or {"message": repr(error)}
@@ -88,7 +89,7 @@ def read_event(event: dict[str, Any], answer: Answer) -> None:
     if "error" in event:
         answer.error = event["error"]
         return
-    answer.num_pieces += 1
+    answer.num_tokens += len(event["token_ids"])
     answer.finish_reason = event.get("finish_reason") or answer.finish_reason
     answer.usage = event.get("usage") or answer.usage
 

@@ -1,4 +1,4 @@
-"""One engine, one build and one stack for all tests of this folder; `make test-compose` runs them."""
+"""One engine and one build for all tests of this folder; `make test-compose` runs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.compose import images as builder
 from tests.compose.engine import CACHE, running_engine, why_not
-from tests.compose.stack import Stack
+from tests.compose.stack import MAX_RUNNING, NUM_REPLICAS, Stack
 
 
 def pytest_configure(config):
@@ -54,19 +54,38 @@ def images(docker, say):
 
 
 @pytest.fixture(scope="session")
-def stack(docker, images, say, tmp_path_factory):
+def settings(tmp_path_factory):
+    file = tmp_path_factory.mktemp("settings") / "settings.env"
+    file.write_text(f"CROSSGATE_NUM_THREADS=1\nCROSSGATE_MAX_RUNNING={MAX_RUNNING}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def demo(docker, images, settings, say):
+    """Profile cpu as it comes: the demo's checkpoint, one Triton, no balancer."""
+    yield from brought_up(Stack(docker, images, settings, profiles=("cpu",)), say)
+
+
+@pytest.fixture(scope="module")
+def stack(docker, images, settings, say, tmp_path_factory):
+    """Profiles cpu, observe and scale, with a tiny checkpoint."""
     from tests.checkpoints import make_idefics  # brings torch and transformers
 
     folder = make_idefics(tmp_path_factory.mktemp("checkpoint") / "tiny", max_position_embeddings=8192)
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)
-    stack = Stack(docker, images, folder)
-    say("docker compose up")
+    profiles = ("cpu", "observe", "scale")
+    scaled = Stack(docker, images, settings, profiles=profiles, num_replicas=NUM_REPLICAS, checkpoint=folder)
+    yield from brought_up(scaled, say)
+
+
+def brought_up(stack, say):
+    begin_s = time.monotonic()
     try:
         stack.up()
-        say("up")
+        say(f"docker compose up: healthy after {time.monotonic() - begin_s:.0f} s")
         yield stack
     finally:
-        (CACHE / "stack.log").write_text(stack.logs(), encoding="utf-8")
+        stack.keep_logs()
         stack.down("--volumes", "--timeout", "5")

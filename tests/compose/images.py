@@ -20,6 +20,7 @@ BUILD_TIMEOUT_S = 1800.0
 class Images:
     gateway: str = "crossgate-test/gateway"
     triton: str = "crossgate-test/triton"
+    demo: str = "crossgate-test/demo"
     haproxy: str = "crossgate-standin/haproxy"
     prometheus: str = "crossgate-standin/prometheus"
 
@@ -36,7 +37,7 @@ def build(docker: Docker, say: Callable[[str], None]) -> Images:
     ):
         say(f"building a stand-in for {target}")
         _build(docker, STANDINS, target, tag, bases)
-    for target, tag in (("gateway", images.gateway), ("triton", images.triton)):
+    for target, tag in (("gateway", images.gateway), ("triton", images.triton), ("demo", images.demo)):
         say(f"building the {target} image")
         _build(docker, ROOT, target, tag, {"GATEWAY_BASE": bases["DEBIAN"], "TRITON_BASE": standin_triton})
     return images

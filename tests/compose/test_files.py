@@ -18,7 +18,9 @@ def test_every_pin_of_an_image_has_one_version(image):
         assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), line
 
 
-@pytest.mark.parametrize(("image", "extras"), [("gateway", ["gateway"]), ("triton", ["stages"]), ("demo", ["demo"])])
+@pytest.mark.parametrize(
+    ("image", "extras"), [("gateway", ["gateway", "otel"]), ("triton", ["stages"]), ("demo", ["stages", "demo"])]
+)
 def test_images_install_what_pyproject_pins(image, extras):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = [*project["dependencies"], *(pin for extra in extras for pin in project["optional-dependencies"][extra])]

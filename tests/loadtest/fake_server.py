@@ -34,8 +34,7 @@ def fake_server(behaviour: Behaviour) -> Iterator[str]:
     class Handler(_Handler):
         told = behaviour
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -44,6 +43,11 @@ def fake_server(behaviour: Behaviour) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that come at once; with the default of 5 some are refused
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -79,6 +79,17 @@ def test_connection_is_used_again_after_a_success_and_not_after_a_failure():
     assert behaviour.ports[5] != behaviour.ports[4]
 
 
+def test_connection_that_idled_long_is_not_used_again(monkeypatch):
+    """The server may just be closing it; what then breaks would be no failure of the server's."""
+    monkeypatch.setattr("loadtest.client.KEEP_ALIVE_S", 0.05)
+    behaviour = Behaviour()
+    with fake_server(behaviour) as url, closing(Client(url)) as client:
+        for _ in range(2):
+            assert client.ask(ASK, CHAT, stream=True).error is None
+            time.sleep(0.1)
+    assert len(set(behaviour.ports)) == 2
+
+
 def test_client_that_leaves_hangs_up_and_has_not_failed():
     behaviour = Behaviour(between_tokens_s=0.01)
     ask = Ask(ASK.messages, max_tokens=100, to_the_limit=True, leave_after=3)
