@@ -1,5 +1,6 @@
 # make serve    everything, from nothing to a first answer      MODEL_PATH=… PORT=… HOST=… make serve
 # make test     every test, those on real Triton too
+# make test-compose  the deployment on a real Docker engine: builds the images, brings them up, breaks them
 # make check    what CI checks: format, lint, types, layers
 # make clean    removes what these made, the virtual environment included
 
@@ -22,7 +23,7 @@ $(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cach
 	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
 endef
 
-.PHONY: serve test check clean install install-dev
+.PHONY: serve test test-compose check clean install install-dev
 .SILENT:
 
 serve: install
@@ -31,11 +32,15 @@ serve: install
 test: install-dev
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+test-compose: install-dev
+	$(VENV)/bin/python -m pytest tests/compose -m compose -o timeout=3600 $(ARGS)
+
 check: install-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint Dockerfile tests/compose/standins/Dockerfile
 	if command -v promtool >/dev/null && [ -f deploy/prometheus/prometheus.yml ]; then
 		promtool check config deploy/prometheus/prometheus.yml
 		promtool check rules deploy/prometheus/rules.yml deploy/prometheus/alerts.yml

@@ -32,6 +32,7 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own is two minutes: far longer than a restart
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),  # its own is 30 s: a container may come back at a new address
 )
 FRESH_S = 2.0  # a model that answered anything so lately needs no heartbeat
 _NOT_READY = ("unknown model", "not ready", "not at ready state", "not healthy", "not found", "unavailable")
