@@ -68,7 +68,7 @@ def bootstrap(root: Path, archive: Path) -> None:
     certificates = options.get("cert", "/etc/ssl/certs/ca-certificates.crt")
     shutil.copy(certificates, root / "etc/ssl/certs/ca-certificates.crt")
     options["cert"] = "/etc/ssl/certs/ca-certificates.crt"
-    options["find-links"] = "/opt/wheels"
+    options["find-links"] = "/opt/packages"
     lines = "".join(f"{name} = {value}\n" for name, value in options.items())
     (root / "etc/pip.conf").write_text(f"[global]\n{lines}")
 
@@ -82,14 +82,14 @@ def bootstrap(root: Path, archive: Path) -> None:
 
 
 def wheels(archive: Path) -> None:
-    """The folders in which this machine's pip looks for packages, as opt/wheels in a tar archive."""
+    """The folders in which this machine's pip looks for packages, as opt/packages in a tar archive."""
     with tarfile.open(archive, "w") as tar:
-        directory = tarfile.TarInfo("opt/wheels")
+        directory = tarfile.TarInfo("opt/packages")
         directory.type, directory.mode = tarfile.DIRTYPE, 0o755
         tar.addfile(directory)
         for folder in pip_configured().get("find-links", "").split():
             for wheel in Path(folder).glob("*.whl"):
-                tar.add(wheel, arcname=f"opt/wheels/{wheel.name}")
+                tar.add(wheel, arcname=f"opt/packages/{wheel.name}")
 
 
 def pip_options() -> dict[str, str]:
