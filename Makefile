@@ -41,7 +41,8 @@ check: install-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint Dockerfile tests/compose/standins/Dockerfile
-	if command -v promtool >/dev/null && [ -f deploy/prometheus/prometheus.yml ]; then
+	$(VENV)/bin/python -m tests.compose.check
+	if command -v promtool >/dev/null; then
 		promtool check config deploy/prometheus/prometheus.yml
 		promtool check rules deploy/prometheus/rules.yml deploy/prometheus/alerts.yml
 		promtool test rules deploy/prometheus/tests.yml

@@ -1,8 +1,8 @@
-"""Caches what the frozen encoder makes of scenes, so that training and evaluation never run the encoder.
+"""Caches what the frozen encoder makes of scenes, so that training never runs the encoder.
 
-    python -m demo.features --scenes 24000     # goes on where it stopped
+    python -m demo.features --scenes 36000     # goes on where it stopped
 
-For each set ("train", "blank", "twemoji", "openmoji"): `<set>.npy` fp16 [scenes, P, 1280] and `<set>.json`, one
+For each set ("train", "blank"): `<set>.npy` fp16 [scenes, P, 1280] and `<set>.json`, one
 (concepts, background colour) per scene.
 """
 
@@ -17,20 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from demo.concepts import TEST_VENDORS, TRAIN_VENDORS, demo_concepts
+from demo.concepts import TRAIN_VENDORS, demo_concepts
 from demo.drawings import DATA, load_drawings
 from demo.encoder import load_encoder
 from demo.scenes import COLOURS, SIDE, Scene, compose, plain_scene
 
 FEATURES = DATA / "features"
 CHUNK = 32  # scenes of one job
-EVALUATION_SCENES = 700
-SINGLES = 340  # of them: every concept alone, twice
 BLANK_SCENES = 220
 REPEATED_SHARE = 0.12  # how often a further drawing shows the first one's concept again
 UNCHANGED_SHARE = 0.10  # of training scenes, composed of drawings as their vendors drew them
 VENDOR_WEIGHTS = {"fluent-emoji-flat": 1.2, "fluent-emoji-high-contrast": 0.35}  # 1 for the others
-SET_SEEDS = {"train": 0, "twemoji": 1, "openmoji": 2, "blank": 3}
+SET_SEEDS = {"train": 0, "blank": 3}
 
 
 class FeatureSet(NamedTuple):
@@ -47,15 +45,6 @@ def training_scene(index: int) -> Scene:
     rng = np.random.default_rng((7, SET_SEEDS["train"], index))
     drawings, concepts = pick(rng, TRAIN_VENDORS)
     return compose(drawings, concepts, rng, augmented=rng.random() >= UNCHANGED_SHARE)
-
-
-def evaluation_scene(vendor: str, index: int) -> Scene:
-    """Every concept alone, twice; then one to three drawings by lot. Nothing is augmented."""
-    rng = np.random.default_rng((7, SET_SEEDS[vendor], index))
-    if index < SINGLES:
-        concept = demo_concepts()[index % len(demo_concepts())]
-        return compose([drawing_of(concept, (vendor,), rng)], [concept], rng, augmented=False)
-    return compose(*pick(rng, (vendor,)), rng, augmented=False)
 
 
 def blank_scene(index: int) -> Scene:
@@ -81,8 +70,7 @@ def drawing_of(concept: str, vendors: tuple[str, ...], rng: np.random.Generator)
 
 
 class Job(NamedTuple):
-    make_scene: Callable[..., Scene]
-    arguments: tuple[str, ...]
+    make_scene: Callable[[int], Scene]
     start: int
     stop: int
 
@@ -95,7 +83,7 @@ def start_worker() -> None:
 
 @torch.inference_mode()
 def encode(job: Job) -> tuple[NDArray[np.float16], list[tuple[tuple[str, ...], str]]]:
-    scenes = [job.make_scene(*job.arguments, index) for index in range(job.start, job.stop)]
+    scenes = [job.make_scene(index) for index in range(job.start, job.stop)]
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2)
     normalised = ((pixels.float() - 127) / 128).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
@@ -103,7 +91,7 @@ def encode(job: Job) -> tuple[NDArray[np.float16], list[tuple[tuple[str, ...], s
     return features.half().numpy(), [(scene.concepts, scene.colour) for scene in scenes]
 
 
-def write_set(name: str, size: int, make_scene: Callable[..., Scene], *arguments: str) -> None:
+def write_set(name: str, size: int, make_scene: Callable[[int], Scene]) -> None:
     """Fills a set, going on after the scenes that are there; the index is written every forty chunks."""
     FEATURES.mkdir(parents=True, exist_ok=True)
     index, path = FEATURES / f"{name}.json", FEATURES / f"{name}.npy"
@@ -116,7 +104,7 @@ def write_set(name: str, size: int, make_scene: Callable[..., Scene], *arguments
     else:
         done = []
         stored = np.lib.format.open_memmap(path, "w+", np.float16, (size, num_positions, 1280))
-    jobs = [Job(make_scene, arguments, start, min(start + CHUNK, size)) for start in range(len(done), size, CHUNK)]
+    jobs = [Job(make_scene, start, min(start + CHUNK, size)) for start in range(len(done), size, CHUNK)]
     started, before = time.monotonic(), len(done)
     with multiprocessing.Pool(initializer=start_worker) as pool:
         for count, (job, (features, scenes)) in enumerate(zip(jobs, pool.imap(encode, jobs), strict=True), 1):
@@ -130,12 +118,10 @@ def write_set(name: str, size: int, make_scene: Callable[..., Scene], *arguments
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cache the encoder's features of scenes.")
-    parser.add_argument("--scenes", type=int, default=24_000, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=36_000, help="training scenes")
     arguments = parser.parse_args()
     load_drawings()
     write_set("blank", BLANK_SCENES, blank_scene)
-    for vendor in TEST_VENDORS:
-        write_set(vendor, EVALUATION_SCENES, evaluation_scene, vendor)
     write_set("train", arguments.scenes, training_scene)
 
 

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from demo.features import FeatureSet
+from demo.heads import SceneLabel
 from demo.model import END_ID, DemoModel, padded_length
 from demo.questions import ask
 
-KIND_WEIGHTS = {"naming": 5.0, "presence": 3.0, "counting": 1.2, "colour": 0.8}
-QUESTIONS_PER_SCENE = 3
+KIND_WEIGHTS = {"naming": 4.5, "presence": 4.0, "counting": 0.7, "colour": 0.8}
+QUESTIONS_PER_SCENE = 2
 BLANK_EVERY = 40  # one scene in so many shows nothing
 DROPPED_POSITIONS = 0.04
 CHANNEL_NOISE = 0.1
 IGNORED = -100
-
-SceneLabel = tuple[list[str], str]  # concepts, background colour
 
 
 class Batch(NamedTuple):

@@ -1,12 +1,14 @@
-"""Trains the connector: the Resampler through throw-away heads, then Resampler and gated blocks through the frozen LM.
+"""Trains the connector: first through throw-away heads, then through the frozen language model, heads beside it.
 
-    python -m demo.train heads --minutes 8
-    python -m demo.train gated --minutes 30     # both go on from demo/runs/*.pt if they were stopped
+    python -m demo.train heads --minutes 12
+    python -m demo.train gated --minutes 60     # both go on from demo/runs/*.pt if they were stopped
 
-Writes demo/runs/connector.safetensors every few minutes. Text generation is not run here: see demo.evaluate.
+`--start FILE` begins from a connector trained before. Every few minutes demo/runs/connector.safetensors is written.
+What is printed are losses on training scenes; no test vendor is looked at here: see demo.evaluate.
 """
 
 import argparse
+import ctypes
 import math
 import random
 import time
@@ -18,160 +20,182 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.concepts import demo_concepts
 from demo.features import load_features
-from demo.model import DemoModel, save_connector
-from demo.recipe import RESAMPLER
-from demo.samples import IGNORED, SceneLabel, make_batch, sample_scenes
-from demo.scenes import COLOURS
-from service.families.family import ResamplerConfig
-from service.vision.resampler import PerceiverResampler
+from demo.heads import PresenceHead, SceneHead, SceneLabel
+from demo.model import DemoModel, load_connector, save_connector
+from demo.samples import IGNORED, make_batch, sample_scenes
 
 RUNS = Path(__file__).parent / "runs"
-SAVE_EVERY_S = 240.0
-HEADS_LR = 1e-3
-BLOCKS_LR, RESAMPLER_LR, GATES_LR = 6e-4, 2e-4, 6e-3
+SAVE_EVERY_S = 180.0
+PRINT_EVERY_S = 30.0
+SCENES_PER_STEP = 64
+ANSWERED_PER_STEP = 24  # of them, by the language model
+WARM_UP = 50
+HEADS_LR = {"resampler": 1e-3, "first block": 1e-3, "gates": 1e-2, "heads": 1e-3}
+GATED_LR = {"resampler": 3e-4, "blocks": 1e-3, "gates": 1e-2, "heads": 1e-3}
+WEIGHT_DECAY = 0.04
+PRESENCE_WEIGHT = 2.0  # of the presence head beside the scene head
+HEADS_WEIGHT = 0.5  # of both heads beside the language model
 
 
-class Heads(nn.Module):
-    """What a scene shows, how many drawings and on which colour, read from the mean of its latents."""
+class Training(nn.Module):
+    """The demo model with its throw-away heads."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, start: Path | None) -> None:
         super().__init__()
-        self.concepts = nn.Linear(width, len(demo_concepts()))
-        self.count = nn.Linear(width, 4)
-        self.colour = nn.Linear(width, len(COLOURS))
+        torch.manual_seed(0)
+        self.model = DemoModel()
+        if start is not None:
+            load_connector(self.model, start)
+        self.model.freeze_in_bf16()
+        self.scene_head = SceneHead(self.model.resampler.latents.shape[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            self.presence_head = PresenceHead(self.model)
 
-    def loss(self, latents: Tensor, scenes: list[SceneLabel]) -> Tensor:
-        pooled = latents.mean(dim=1)  # (B, E)
-        wanted = torch.zeros(len(scenes), len(demo_concepts()))
-        for row, (concepts, _) in enumerate(scenes):
-            for concept in concepts:
-                wanted[row, demo_concepts().index(concept)] += 1 / len(concepts)
-        counts = torch.tensor([len(concepts) for concepts, _ in scenes])
-        colours = torch.tensor([list(COLOURS).index(colour) for _, colour in scenes])
-        named = -(wanted * F.log_softmax(self.concepts(pooled), dim=-1)).sum(-1).mean()
-        others = F.cross_entropy(self.count(pooled), counts) + F.cross_entropy(self.colour(pooled), colours)
-        loss: Tensor = named + 0.3 * others
+    def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
+        """What an optimizer is to train, by learning rate; what has none is not trained."""
+        first = f"decoder.cross_layers.{self.model.first_gated}."
+        groups: dict[str, list[Tensor]] = {name: [] for name in rates}
+        groups["heads"] += [*self.scene_head.parameters(), *self.presence_head.parameters()]
+        for name, weight in self.model.trained().items():
+            if name.startswith("vision."):
+                groups["resampler"].append(weight)
+            elif "blocks" in rates or name.startswith(first):
+                kind = "blocks" if "blocks" in rates else "first block"
+                groups["gates" if name.endswith("_gate") else kind].append(weight)
+        return [
+            {"params": groups[name], "lr": rate, "weight_decay": 0.0 if name == "gates" else WEIGHT_DECAY}
+            for name, rate in rates.items()
+        ]
+
+    def heads_loss(self, latents: Tensor, scenes: list[SceneLabel], rng: random.Random, means: "Means") -> Tensor:
+        named = self.scene_head.loss(latents, scenes)
+        present, right = self.presence_head.loss(self.model, latents, scenes, rng)
+        means.add("scenes", named)
+        means.add("presence", present)
+        means.add("right at the concept", right[0])
+        means.add("right at the end", right[1])
+        return named + PRESENCE_WEIGHT * present
+
+    def answers_loss(self, latents: Tensor, scenes: list[SceneLabel], rng: random.Random, means: "Means") -> Tensor:
+        """Cross entropy of the answers' tokens, the mean over all."""
+        batch = make_batch(self.model, scenes, rng)
+        answered = batch.targets != IGNORED  # [B, L]
+        hidden = self.model.hidden(batch.sentences, latents[batch.scene_rows])
+        by_token = F.cross_entropy(self.model.logits(hidden[answered]), batch.targets[answered], reduction="none")
+        kinds = [batch.kinds[row] for row in answered.nonzero()[:, 0].tolist()]
+        for kind in set(kinds):
+            means.add(kind, by_token[torch.tensor([own == kind for own in kinds])].mean())
+        loss: Tensor = by_token.mean()
         return loss
 
 
-class Run:
-    """A training run that can be stopped: parameters, optimizer, minutes and steps so far, kept in one file."""
+class Means:
+    """Running means of what is printed."""
 
-    def __init__(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, minutes: float) -> None:
-        self.path, self.module, self.optimizer, self.minutes = path, module, optimizer, minutes
-        self.step, self.before, self.started, self.saved = 0, 0.0, time.monotonic(), time.monotonic()
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        old = self.values.get(name, value.item())
+        self.values[name] = old + 0.04 * (value.item() - old)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in sorted(self.values.items()))
+
+
+class Run:
+    """A training run that can be stopped: weights, optimizer, minutes and steps so far, kept in one file."""
+
+    def __init__(self, path: Path, training: Training, rates: dict[str, float], minutes: float) -> None:
+        self.path, self.training, self.minutes = path, training, minutes
+        self.optimizer = torch.optim.AdamW(training.groups(rates), betas=(0.9, 0.98))
+        self.rates = list(rates.values())
+        self.step, self.before, self.started = 0, 0.0, time.monotonic()
+        self.saved = self.printed = self.started
+        self.means = Means()
         if path.exists():
             state: dict[str, Any] = torch.load(path, weights_only=True)
-            self.trained_weights(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
+            load_trained(training, state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
             self.before, self.step = state["minutes"], state["step"]
             print(f"goes on at {self.before:.1f} minutes, step {self.step}")
-
-    def trained_weights(self, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        own = {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
-        if given is not None:
-            with torch.no_grad():
-                for name, weight in own.items():
-                    weight.copy_(given[name])
-        return {name: weight.detach() for name, weight in own.items()}
 
     def elapsed(self) -> float:
         return self.before + (time.monotonic() - self.started) / 60
 
-    def update(self, loss: Tensor, warm_up: int) -> None:
-        """One step: learning rates rise over `warm_up` steps and fall on a cosine over the run's minutes."""
+    def goes_on(self) -> bool:
+        now = time.monotonic()
+        if now - self.printed > PRINT_EVERY_S:
+            self.printed = now
+            print(f"{self.path.stem} {self.elapsed():.1f} min, step {self.step}: {self.means}", flush=True)
+        if self.elapsed() >= self.minutes or now - self.saved > SAVE_EVERY_S:
+            self.saved = now
+            self.save()
+        return self.elapsed() < self.minutes
+
+    def update(self, loss: Tensor) -> None:
+        """One step: learning rates rise over WARM_UP steps and fall on a cosine over the run's minutes."""
         fall = max(0.02, 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed() / self.minutes))))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * min(1.0, (self.step + 1) / warm_up) * fall
+            group["lr"] = rate * min(1.0, (self.step + 1) / WARM_UP) * fall
         self.optimizer.zero_grad()
         loss.backward()
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        nn.utils.clip_grad_norm_([weight for group in self.optimizer.param_groups for weight in group["params"]], 1.0)
         self.optimizer.step()
         self.step += 1
 
-    def save_is_due(self) -> bool:
-        return time.monotonic() - self.saved > SAVE_EVERY_S
-
     def save(self) -> None:
-        self.saved = time.monotonic()
-        state = {"weights": self.trained_weights(), "optimizer": self.optimizer.state_dict()}
+        state = {"weights": trained(self.training), "optimizer": self.optimizer.state_dict()}
         torch.save(state | {"minutes": self.elapsed(), "step": self.step}, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
+        save_connector(self.training.model, RUNS / "connector.safetensors")
 
 
-def train_heads(minutes: float, scenes_per_step: int = 64) -> None:
-    torch.manual_seed(0)
-    resampler = PerceiverResampler(ResamplerConfig(**RESAMPLER))
-    assert resampler.positions is not None
-    nn.init.normal_(resampler.positions, std=0.02)
-    nn.init.normal_(resampler.latents, std=0.5)
-    module = nn.ModuleDict({"resampler": resampler, "heads": Heads(RESAMPLER["width"])})
-    optimizer = torch.optim.AdamW(module.parameters(), HEADS_LR, weight_decay=0.05, betas=(0.9, 0.98))
-    run = Run(RUNS / "heads.pt", module, optimizer, minutes)
-    train, blank, rng = load_features("train"), load_features("blank"), np.random.default_rng(1 + run.step)
-    while run.elapsed() < minutes:
-        features, scenes = sample_scenes(train, blank, scenes_per_step, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = resampler(features)
-        loss = module["heads"].loss(latents.float(), scenes)
-        run.update(loss, warm_up=100)
-        if run.step % 50 == 0:
-            print(f"heads {run.elapsed():.1f} min, step {run.step}, loss {loss.item():.3f}", flush=True)
-        if run.save_is_due():
-            run.save()
-    run.save()
+def keep_memory() -> None:
+    """Tells glibc to keep what tensors free. Else most of a step on a CPU is spent in page faults."""
+    mallopt = ctypes.CDLL(None).mallopt
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
+    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28), (m_arena_max, 1)):
+        mallopt(option, value)
 
 
-def train_gated(minutes: float, scenes_per_step: int = 32) -> None:
-    torch.manual_seed(0)
-    model = DemoModel()
-    model.freeze_in_bf16()
-    if not (RUNS / "gated.pt").exists():
-        heads = torch.load(RUNS / "heads.pt", weights_only=True)["weights"]
-        own = {name.removeprefix("resampler."): w for name, w in heads.items() if name.startswith("resampler.")}
-        model.resampler.load_state_dict(own)
-    gates = [weight for name, weight in model.trained().items() if name.endswith("_gate")]
-    blocks = [weight for name, weight in model.decoder.cross_layers.named_parameters() if not name.endswith("_gate")]
-    groups: list[dict[str, Any]] = [
-        {"params": blocks, "lr": BLOCKS_LR},
-        {"params": list(model.resampler.parameters()), "lr": RESAMPLER_LR},
-        {"params": gates, "lr": GATES_LR, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98))
-    run = Run(RUNS / "gated.pt", model, optimizer, minutes)
-    train, blank = load_features("train"), load_features("blank")
-    rng, words = np.random.default_rng(100 + run.step), random.Random(100 + run.step)
-    while run.elapsed() < minutes:
-        features, scenes = sample_scenes(train, blank, scenes_per_step, rng)
-        batch = make_batch(model, scenes, words)
-        answered = batch.targets != IGNORED  # [B, L]
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = model.resampler(features)
-            hidden = model.hidden(batch.sentences, latents[batch.scene_rows])
-            logits = model.logits(hidden[answered])
-        loss = F.cross_entropy(logits, batch.targets[answered])
-        run.update(loss, warm_up=150)
-        if run.step % 20 == 0:
-            print(f"gated {run.elapsed():.1f} min, step {run.step}, loss {loss.item():.3f}", flush=True)
-        if run.save_is_due():
-            run.save()
-            save_connector(model, RUNS / "connector.safetensors")
-    run.save()
-    save_connector(model, RUNS / "connector.safetensors")
+def trained(training: Training) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in training.named_parameters() if weight.requires_grad}
+
+
+@torch.no_grad()
+def load_trained(training: Training, weights: dict[str, Tensor]) -> None:
+    for name, weight in training.named_parameters():
+        if weight.requires_grad:
+            weight.copy_(weights[name])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the connector.")
     parser.add_argument("stage", choices=("heads", "gated"))
     parser.add_argument("--minutes", type=float, required=True, help="of training, those of earlier runs included")
+    parser.add_argument("--start", type=Path, help="a connector to begin from")
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(2)
     RUNS.mkdir(parents=True, exist_ok=True)
-    {"heads": train_heads, "gated": train_gated}[arguments.stage](arguments.minutes)
+    training, answers = Training(arguments.start), arguments.stage == "gated"
+    if answers and (RUNS / "heads.pt").exists():
+        load_trained(training, torch.load(RUNS / "heads.pt", weights_only=True)["weights"])
+    rates = GATED_LR if answers else HEADS_LR
+    run = Run(RUNS / f"{arguments.stage}.pt", training, rates, arguments.minutes)
+    train, blank = load_features("train"), load_features("blank")
+    rng, words = np.random.default_rng(100 + run.step), random.Random(100 + run.step)
+    while run.goes_on():
+        features, scenes = sample_scenes(train, blank, SCENES_PER_STEP, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = training.model.resampler(features).float()  # [B, R, E]
+            loss = training.heads_loss(latents, scenes, words, run.means)
+            if answers:
+                answered = scenes[:ANSWERED_PER_STEP]
+                loss = HEADS_WEIGHT * loss + training.answers_loss(latents, answered, words, run.means)
+        run.update(loss)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ CHANNEL_OPTIONS = (
     ("grpc.dns_min_time_between_resolutions_ms", 1000),  # its own is 30 s: a container may come back at a new address
 )
 FRESH_S = 2.0  # a model that answered anything so lately needs no heartbeat
+_STREAM_ENDED = ("Stream removed", "Received RST_STREAM")
 _NOT_READY = ("unknown model", "not ready", "not at ready state", "not healthy", "not found", "unavailable")
 
 
@@ -207,4 +208,6 @@ def _from_rpc_state(code: grpc.StatusCode, details: str | None) -> CrossgateErro
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
         ours = from_triton(details or "")
         return ours or Unavailable("The model server cannot be reached.", retry_after_s=5)
+    if (details or "").startswith(_STREAM_ENDED):  # by a balancer whose server died: to gRPC an INTERNAL or UNKNOWN
+        return Unavailable("The model server ended the call.", retry_after_s=1)
     return _from_message(details or "")

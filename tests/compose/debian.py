@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def pip_options() -> dict[str, str]:
 
 def pip_configured() -> dict[str, str]:
     """`pip config list`: the files' settings, over which those of the environment win."""
-    listing = subprocess.run(["pip", "config", "list"], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    ).stdout
     pairs = [line.partition("=") for line in listing.splitlines()]
     pairs.sort(key=lambda pair: pair[0].startswith(":env:"))
     return {name.rpartition(".")[2]: value.strip("'\"") for name, _, value in pairs}

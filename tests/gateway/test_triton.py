@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import grpc
 import numpy as np
@@ -122,6 +122,35 @@ async def test_a_stream_that_the_server_ends_is_unavailable_and_no_cancellation(
             await everything(client)
         with pytest.raises(Unavailable):
             await client.encode(np.zeros((3, 8, 8), np.uint8))
+
+
+async def test_a_stream_reset_by_a_balancer_is_unavailable() -> None:
+    """What HAProxy sends when the server behind it dies: gRPC makes INTERNAL of it, like of a server's own failure."""
+
+    writers: list[asyncio.StreamWriter] = []
+
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await reader.readexactly(len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
+        writer.write(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # SETTINGS, empty
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                header = await reader.readexactly(9)
+                await reader.readexactly(int.from_bytes(header[:3]))
+                if header[3] == 1:  # HEADERS: a call
+                    writer.write(bytes([0, 0, 4, 3, 0]) + header[5:] + bytes([0, 0, 0, 2]))  # RST_STREAM
+
+    server = await asyncio.start_server(reset, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    client = TritonBackend(f"127.0.0.1:{port}", image_size=8, probe_token=5, heartbeat_timeout_s=20)
+    for call in (everything(client), client.encode(np.zeros((3, 8, 8), np.uint8))):
+        with pytest.raises(Unavailable):
+            await call
+    await client.close()
+    server.close()
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_errors_in_mid_stream_come_after_the_tokens() -> None:
