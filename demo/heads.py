@@ -56,7 +56,7 @@ class PresenceHead(nn.Module):
         self.layer = model.first_gated
         self.read = nn.Parameter(torch.randn(2, model.decoder.config.width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(2))
-        self.states = question_states(model)  # (concepts, wordings, 2, D)
+        self.states = question_states(model, demo_concepts())  # (concepts, wordings, 2, D)
 
     def logits(self, model: DemoModel, latents: Tensor, asked: Tensor, wordings: Tensor) -> Tensor:
         """latents [B, R, E]; asked and wordings int64 [B, n] -> [B, n, 2], one for each of the two tokens."""
@@ -83,10 +83,10 @@ class PresenceHead(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, there), right
 
 
-def question_states(model: DemoModel) -> Tensor:
+def question_states(model: DemoModel, concepts: Sequence[str]) -> Tensor:
     """Before the first gated block, of the concept's last token and the prompt's: [concepts, wordings, 2, D]."""
     sentences, places = [], []
-    for concept in map(with_article, demo_concepts()):
+    for concept in map(with_article, concepts):
         for wording in PRESENCE:
             text = IMAGE_TOKEN + wording.format(a=concept) + AFTER_QUESTION
             encoded = model.tokenizer.encode(text, add_special_tokens=False)
@@ -96,4 +96,4 @@ def question_states(model: DemoModel) -> Tensor:
     states = model.below_gates(sentences, max(map(len, sentences)))  # (concepts*wordings, L, D)
     rows, last = torch.arange(len(sentences)), torch.tensor([len(sentence) - 1 for sentence in sentences])
     chosen = torch.stack((states[rows, torch.tensor(places)], states[rows, last]), dim=1)
-    return chosen.unflatten(0, (len(demo_concepts()), len(PRESENCE)))
+    return chosen.unflatten(0, (len(concepts), len(PRESENCE)))

@@ -13,7 +13,7 @@ from demo.heads import SceneLabel
 from demo.model import END_ID, DemoModel, padded_length
 from demo.questions import ask
 
-KIND_WEIGHTS = {"naming": 4.5, "presence": 4.0, "counting": 0.7, "colour": 0.8}
+KIND_WEIGHTS = {"naming": 6.5, "presence": 2.2, "counting": 0.6, "colour": 0.7}
 QUESTIONS_PER_SCENE = 2
 BLANK_EVERY = 40  # one scene in so many shows nothing
 DROPPED_POSITIONS = 0.04

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m loadtest.ratios", description="What sharing a picture and batching save."
     )
     parser.add_argument("--host", default="http://127.0.0.1:8000")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     service = Service(options.host, random.Random())
     try:
