@@ -35,7 +35,7 @@ CHANNEL_OPTIONS = (
     ("grpc.dns_min_time_between_resolutions_ms", 1000),  # its own is 30 s: a container may come back at a new address
 )
 FRESH_S = 2.0  # a model that answered anything so lately needs no heartbeat
-_STREAM_ENDED = ("Stream removed", "Received RST_STREAM")
+_STREAM_ENDED = ("Stream removed", "Received RST_STREAM", "Internal error from Core")  # the last: of a write on it
 _NOT_READY = ("unknown model", "not ready", "not at ready state", "not healthy", "not found", "unavailable")
 
 

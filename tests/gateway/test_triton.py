@@ -143,14 +143,17 @@ async def test_a_stream_reset_by_a_balancer_is_unavailable() -> None:
     server = await asyncio.start_server(reset, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     client = TritonBackend(f"127.0.0.1:{port}", image_size=8, probe_token=5, heartbeat_timeout_s=20)
-    for call in (everything(client), client.encode(np.zeros((3, 8, 8), np.uint8))):
+    try:
         with pytest.raises(Unavailable):
-            await call
-    await client.close()
-    server.close()
-    for writer in writers:
-        writer.close()
-        await writer.wait_closed()
+            await everything(client)
+        with pytest.raises(Unavailable):
+            await client.encode(np.zeros((3, 8, 8), np.uint8))
+    finally:
+        await client.close()
+        server.close()
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
 
 
 async def test_errors_in_mid_stream_come_after_the_tokens() -> None:
