@@ -66,14 +66,13 @@ class DenseAttention:
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Written out: with its backward a quarter faster on CPUs than the fused one."""
         groups = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, S, C)
         scores = q.transpose(1, 2).to(k.dtype) @ (k * k.shape[-1] ** -0.5).transpose(-1, -2)  # (B, H, L, S)
         if mask is not None:
             scores = scores.masked_fill(~mask, -1e4)
-        weights = scores.softmax(-1, dtype=torch.float32).to(
-            k.dtype
-        )  # written out: a quarter faster than fused on CPUs
+        weights = scores.softmax(-1, dtype=torch.float32).to(k.dtype)
         return (weights @ v.to(k.dtype)).transpose(1, 2).flatten(2).flatten(0, 1)  # (B*L, H*C)
 
 
