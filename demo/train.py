@@ -71,14 +71,14 @@ class Training(nn.Module):
     def heads_loss(self, latents: Tensor, scenes: list[SceneLabel], rng: random.Random, means: "Means") -> Tensor:
         named = self.scene_head.loss(latents, scenes)
         present, right = self.presence_head.loss(self.model, latents, scenes, rng)
-        means.add("scenes", named)
-        means.add("presence", present)
+        means.add("scene head", named)
+        means.add("presence head", present)
         means.add("right at the concept", right[0])
         means.add("right at the end", right[1])
         return named + PRESENCE_WEIGHT * present
 
     def answers_loss(self, latents: Tensor, scenes: list[SceneLabel], rng: random.Random, means: "Means") -> Tensor:
-        """Cross entropy of the answers' tokens, the mean over all."""
+        """Cross entropy of the answers' tokens, the mean over all: full stop and end count as tokens, too."""
         batch = make_batch(self.model, scenes, rng)
         answered = batch.targets != IGNORED  # [B, L]
         hidden = self.model.hidden(batch.sentences, latents[batch.scene_rows])
@@ -175,13 +175,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the connector.")
     parser.add_argument("stage", choices=("heads", "gated"))
     parser.add_argument("--minutes", type=float, required=True, help="of training, those of earlier runs included")
-    parser.add_argument("--start", type=Path, help="a connector to begin from")
+    parser.add_argument("--start", type=Path, help="a connector to begin from, in `gated` instead of heads.pt")
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(2)
     RUNS.mkdir(parents=True, exist_ok=True)
     training, answers = Training(arguments.start), arguments.stage == "gated"
-    if answers and (RUNS / "heads.pt").exists():
+    if answers and arguments.start is None and not (RUNS / "gated.pt").exists():
         load_trained(training, torch.load(RUNS / "heads.pt", weights_only=True)["weights"])
     rates = GATED_LR if answers else HEADS_LR
     run = Run(RUNS / f"{arguments.stage}.pt", training, rates, arguments.minutes)

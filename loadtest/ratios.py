@@ -55,8 +55,8 @@ class Service:
     def new_picture(self) -> int:
         return self.rng.getrandbits(60)
 
-    def ask(self, picture: int | None, *, max_tokens: int = ANSWER_TOKENS) -> Reply:
-        question = Message("user", self.rng.choice(QUESTIONS), () if picture is None else (picture,))
+    def ask(self, picture: int, *, max_tokens: int = ANSWER_TOKENS) -> Reply:
+        question = Message("user", self.rng.choice(QUESTIONS), (picture,))
         client = Client(self.host)
         try:
             reply = client.ask(Ask((question,), max_tokens=max_tokens, to_the_limit=True), CHAT, stream=True)
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"crossgate: {error}", file=sys.stderr)
         return 1
-    print("| | | | ratio |\n|---|---|---|---|")
+    print("| | before | after | ratio |\n|---|---|---|---|")
     print("\n".join(comparison.row() for comparison in comparisons))
     return 0
 
