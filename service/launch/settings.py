@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +82,9 @@ def claim_port(host: str, port: int) -> int:
         ) from error
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Different ports, free now."""
+def free_ports(count: int, *, besides: Collection[int] = (), host: str = "127.0.0.1") -> list[int]:
+    """Different ports, free now. `besides`: promised to others who do not listen there yet."""
     with contextlib.ExitStack() as listeners:
-        sockets = [listeners.enter_context(socket.create_server((host, 0))) for _ in range(count)]
-        return [int(listener.getsockname()[1]) for listener in sockets]
+        sockets = [listeners.enter_context(socket.create_server((host, 0))) for _ in range(count + len(besides))]
+        ports = [int(listener.getsockname()[1]) for listener in sockets]
+    return [port for port in ports if port not in besides][:count]

@@ -130,7 +130,7 @@ class Supervisor:
             raise Unavailable(f"{service.name} did not start: {service.explain()}")
         if now_s - service.started_at_s > STEADY_S:
             service.pause_s = FIRST_PAUSE_S
-        end = "a process of its ended" if status is None else f"it ended with status {status}"
+        end = "a process of its ended" if status is None else f"it ended with status {status}: {service.explain()}"
         self._say(f"{service.name}: {end}; restarting it in {service.pause_s:.1f} s")
         self._stop(service, 0.0)
         service.restart_at_s = now_s + service.pause_s

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -53,3 +54,12 @@ def test_a_host_that_is_not_ours_is_refused() -> None:
 
 def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
+
+
+def test_a_port_that_is_promised_is_not_given_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at a promised port yet, so the system may offer it again."""
+    offered = [
+        MagicMock(**{"__enter__.return_value.getsockname.return_value": ("127.0.0.1", port)}) for port in (1, 2, 3)
+    ]
+    monkeypatch.setattr(socket, "create_server", MagicMock(side_effect=offered))
+    assert free_ports(2, besides=[2]) == [1, 3]

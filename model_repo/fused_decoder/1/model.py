@@ -71,3 +71,4 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self.loop.close()
+        del self.loop  # its metrics, too, while there is a Triton to take them back: afterwards the stub would crash
