@@ -16,20 +16,8 @@ from PIL import Image
 from service.families import load_family
 from tests.checkpoints import make_idefics
 from tests.e2e.running import Running, data_url
-from tests.families.test_idefics import prompts
+from tests.families.test_idefics import CONFIGS, NUM_TOKENS, prompts
 from tests.reference import IdeficsReference
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "resampler-norms-vector": {},
-    "plain": {
-        "use_resampler": False,
-        "qk_layer_norms": False,
-        "alpha_type": "float",
-        "additional_vocab_size": 0,
-        "max_shard_size": "100KB",
-    },
-}
-NUM_TOKENS = 64
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

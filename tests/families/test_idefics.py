@@ -30,6 +30,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cross_every_layer": {"cross_layer_interval": 1, "num_hidden_layers": 3},
     "interval_three": {"cross_layer_interval": 3, "num_hidden_layers": 6, "use_resampler": False},
     "sharded": {"max_shard_size": "100KB", "alpha_type": "float", "qk_layer_norms": False},
+    "plain": {
+        "use_resampler": False,
+        "qk_layer_norms": False,
+        "alpha_type": "float",
+        "additional_vocab_size": 0,
+    },
 }
 NUM_TOKENS = 64
 
