@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from service.launch.settings import free_ports
 from tests.compose.engine import CACHE, Docker
 from tests.compose.images import Images
 
@@ -140,9 +140,3 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> fl
         assert time.monotonic() - begin_s < timeout_s, f"{what}: not within {timeout_s:.0f} s"
         time.sleep(0.5)
     return time.monotonic() - begin_s
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as listeners:
-        sockets = [listeners.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in sockets]

@@ -86,6 +86,7 @@ class Running:
                 self.process.kill()
                 self.process.wait()
         self._reader.join(10.0)
+        print(*self.lines, sep="\n")  # pytest shows it beside a failure
         if hasattr(self, "port"):
             shutil.rmtree(ROOT / ".cache" / "log" / str(self.port), ignore_errors=True)
 
