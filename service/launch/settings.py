@@ -82,9 +82,9 @@ def claim_port(host: str, port: int) -> int:
         ) from error
 
 
-def free_ports(count: int, *, besides: Collection[int] = (), host: str = "127.0.0.1") -> list[int]:
-    """Different ports, free now. `besides`: promised to others who do not listen there yet."""
+def free_ports(count: int, *, besides: Collection[int] = ()) -> list[int]:
+    """Different ports of the loopback, free now. `besides`: promised to others who do not listen there yet."""
     with contextlib.ExitStack() as listeners:
-        sockets = [listeners.enter_context(socket.create_server((host, 0))) for _ in range(count + len(besides))]
+        sockets = [listeners.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count + len(besides))]
         ports = [int(listener.getsockname()[1]) for listener in sockets]
     return [port for port in ports if port not in besides][:count]

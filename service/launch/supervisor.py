@@ -130,8 +130,9 @@ class Supervisor:
             raise Unavailable(f"{service.name} did not start: {service.explain()}")
         if now_s - service.started_at_s > STEADY_S:
             service.pause_s = FIRST_PAUSE_S
-        end = "a process of its ended" if status is None else f"it ended with status {status}: {service.explain()}"
-        self._say(f"{service.name}: {end}; restarting it in {service.pause_s:.1f} s")
+        end = "a process of its ended" if status is None else f"it ended with status {status}"
+        reason = f": {service.explain()}" if status is not None and status > 0 else ""  # who is killed gives none
+        self._say(f"{service.name}: {end}{reason}; restarting it in {service.pause_s:.1f} s")
         self._stop(service, 0.0)
         service.restart_at_s = now_s + service.pause_s
         service.pause_s = min(2 * service.pause_s, MAX_PAUSE_S)

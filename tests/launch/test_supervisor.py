@@ -71,9 +71,17 @@ def test_a_process_that_ends_is_started_again(tmp_path: Path) -> None:
         back = within(10, replaced(service, first))
         assert supervisor.wait(back)
         second = pid_of(service)
-    assert "status -9" in said[0]
+    assert said[0] == "a: it ended with status -9; restarting it in 0.0 s"
     assert "back" in said[-1]
     assert not wait_until_gone({first, second}, 0)
+
+
+def test_a_restart_says_why_the_process_ended(tmp_path: Path) -> None:
+    service, said = make_service("a", tmp_path, ["false"], is_ready=lambda: False), []
+    supervisor = Supervisor([service], said.append)
+    with supervisor.running():
+        assert supervisor.wait(within(10, lambda: bool(said)))
+    assert said[0] == "a: it ended with status 1: it had enough; restarting it in 0.0 s"
 
 
 def test_the_pause_before_a_restart_grows(tmp_path: Path) -> None:
