@@ -29,8 +29,8 @@ def main() -> int:
 def render() -> str:
     """Raises ValueError if the source has no server-template to replace."""
     text, count = TEMPLATE.subn(_servers, SOURCE.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"{SOURCE} has {count} server-template lines for triton")
+    if not count:
+        raise ValueError(f"{SOURCE} has no server-template line for triton")
     return HEADER + text
 
 

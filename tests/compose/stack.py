@@ -25,6 +25,7 @@ MAX_RUNNING = 2  # of one decoder: so few that under load some requests wait, wi
 UP_TIMEOUT_S = 300.0
 TRITON_METRICS = "http://127.0.0.1:8002/metrics"
 HAPROXY_METRICS = "http://127.0.0.1:8404/metrics"
+HAPROXY_BACKENDS = ("pictures", "others")
 # Kills inside the container and not through the engine, which would take that for a wish and not restart it.
 KILL = """
 import os, pathlib, signal, sys
@@ -115,11 +116,13 @@ class Stack:
         return {one["Name"]: self.gauge(one, "crossgate_image_kv_cache_queries_total") for one in self.replicas()}
 
     def num_healthy_replicas(self) -> int:
-        """As the balancer sees it."""
+        """As the balancer sees it, which has them twice: for requests about pictures, and for the others."""
         (balancer,) = self.of_service("haproxy")
         lines = self._docker("exec", balancer["Id"], "wget", "-q", "-O", "-", HAPROXY_METRICS).splitlines()
-        up = (line for line in lines if line.startswith("haproxy_server_status{") and 'state="UP"' in line)
-        return sum(line.endswith(" 1") for line in up)
+        up = [line for line in lines if line.startswith("haproxy_server_status{") and 'state="UP"' in line]
+        return min(
+            sum(f'proxy="{backend}"' in line and line.endswith(" 1") for line in up) for backend in HAPROXY_BACKENDS
+        )
 
     def is_whole(self) -> bool:
         """Every replica answers the balancer, and the gateway says that both models answer."""

@@ -119,13 +119,16 @@ def test_haproxy_is_compose_s_but_for_its_servers():
 
 
 def test_haproxy_lists_every_replica_by_name_with_its_own_place_on_the_ring():
-    servers = re.findall(r"^ +server (\S+) (\S+):8001 id (\d+) ", (FOLDER / "haproxy.cfg").read_text(), re.MULTILINE)
     scaled = find("ScaledObject", "triton")["spec"]
-    assert [name for name, _, _ in servers] == [f"triton-{n}" for n in range(scaled["maxReplicaCount"])]
-    assert len({place for _, _, place in servers}) == len(servers)
     stateful = find("StatefulSet", "triton")
     suffix = f"{stateful['spec']['serviceName']}.{stateful['metadata']['namespace']}.svc.cluster.local"
-    assert all(address == f"{name}.{suffix}" for name, address, _ in servers)
+    backends = (FOLDER / "haproxy.cfg").read_text().split("\nbackend ")[1:]
+    assert [backend.split()[0] for backend in backends] == ["pictures", "others"]
+    for backend in backends:
+        servers = re.findall(r"^ +server (\S+) (\S+):8001 id (\d+) ", backend, re.MULTILINE)
+        assert [name for name, _, _ in servers] == [f"triton-{n}" for n in range(scaled["maxReplicaCount"])]
+        assert len({place for _, _, place in servers}) == len(servers)
+        assert all(address == f"{name}.{suffix}" for name, address, _ in servers)
 
 
 def test_keda_scales_the_replicas_on_metrics_that_the_decoder_has():
