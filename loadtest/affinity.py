@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from loadtest.ring import Ring
 from service.decoder.image_kv_cache import ImageKVCache
-from service.gateway.residency import ResidentKeys
+from service.gateway.pictures.residency import ResidentKeys
 
 Route = Callable[[str], int]
 POLICIES = ("any replica", "hash", "hash, bounded")

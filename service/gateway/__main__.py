@@ -8,12 +8,12 @@ import sys
 from service.errors import CrossgateError
 from service.families import Family, load_family
 from service.gateway.app import create_app
-from service.gateway.logs import configure_logs
-from service.gateway.prompt import load_tokenizer
-from service.gateway.server import listen, serve
+from service.gateway.http.server import listen, serve
 from service.gateway.settings import Settings, load_settings
-from service.gateway.tracing import Tracing, configure_tracing
-from service.gateway.triton import TritonBackend
+from service.gateway.stages.triton import TritonBackend
+from service.gateway.telemetry.logs import configure_logs
+from service.gateway.telemetry.tracing import Tracing, configure_tracing
+from service.gateway.text.prompt import load_tokenizer
 
 
 def main() -> int:

@@ -21,23 +21,23 @@ from service.errors import CrossgateError, InvalidRequest, NotFound, Unauthorize
 from service.families import Family
 from service.families.family import read_json
 from service.gateway.admission import Admission
-from service.gateway.detokenize import Vocabulary
-from service.gateway.docs import install_docs
-from service.gateway.edge import Edge
-from service.gateway.encode import PictureEncoder
-from service.gateway.images import PictureLimits, PictureReader
-from service.gateway.metrics import Metrics
+from service.gateway.http.docs import install_docs
+from service.gateway.http.edge import Edge
+from service.gateway.http.probes import probe_routes
+from service.gateway.http.routes import model_routes
+from service.gateway.http.validation import invalid_request
+from service.gateway.pictures.encode import PictureEncoder
+from service.gateway.pictures.read import PictureLimits, PictureReader
+from service.gateway.pictures.residency import ResidentKeys
 from service.gateway.pipeline import Pipeline
-from service.gateway.probes import probe_routes
-from service.gateway.prompt import PromptBuilder
-from service.gateway.residency import ResidentKeys
-from service.gateway.routes import model_routes
-from service.gateway.schemas import SamplingDefaults
+from service.gateway.question import SamplingDefaults
 from service.gateway.settings import Settings
-from service.gateway.stages import Deadlines, Stages
-from service.gateway.tracing import Tracing
-from service.gateway.triton import Backend
-from service.gateway.validation import invalid_request
+from service.gateway.stages.run import Deadlines, Stages
+from service.gateway.stages.triton import Backend
+from service.gateway.telemetry.metrics import Metrics
+from service.gateway.telemetry.tracing import Tracing
+from service.gateway.text.detokenize import Vocabulary
+from service.gateway.text.prompt import PromptBuilder
 
 
 def create_app(

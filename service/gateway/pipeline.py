@@ -11,14 +11,14 @@ from service.contract import FinishReason, TokenEvent, Usage, ValidRequest
 from service.contract import Timings as DecoderTimings
 from service.errors import Unavailable
 from service.gateway.admission import Admission
-from service.gateway.detokenize import Detokenizer, Vocabulary
-from service.gateway.images import PictureReader
-from service.gateway.metrics import Metrics
-from service.gateway.prompt import PromptBuilder
-from service.gateway.schemas import Question
-from service.gateway.stages import Stages, Trace
-from service.gateway.stop_strings import StopStrings
-from service.gateway.tracing import Tracing
+from service.gateway.pictures.read import PictureReader
+from service.gateway.question import Question
+from service.gateway.stages.run import Stages, Trace
+from service.gateway.telemetry.metrics import Metrics
+from service.gateway.telemetry.tracing import Tracing
+from service.gateway.text.detokenize import Detokenizer, Vocabulary
+from service.gateway.text.prompt import PromptBuilder
+from service.gateway.text.stop_strings import StopStrings
 
 
 @dataclass(frozen=True)

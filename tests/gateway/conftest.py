@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from service.families import Family
 from service.gateway.app import create_app
-from service.gateway.server import DrainingServer, listen
+from service.gateway.http.server import DrainingServer, listen
 from service.gateway.settings import Settings
 from tests.gateway.checkpoints import byte_level_tokenizer, make_family
 from tests.gateway.fakes import FakeBackend

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.errors import InvalidRequest
+from service.gateway.pictures.read import decode_data_url, decode_picture, picture_key
+from tests.gateway.picture_files import encoded, file_of
+
+LIMIT = 1_000_000
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(decode_picture(content, "image", LIMIT))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_three_formats_are_told_by_their_bytes(form: str) -> None:
+    picture = pixels(encoded("red", form=form))
+    assert picture.shape == (20, 24, 3)
+    assert np.abs(picture.astype(int) - [255, 0, 0]).max() <= 4
+
+
+def test_transparent_means_white() -> None:
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    picture = pixels(file_of(half))
+    assert (picture[:, :2] == [0, 0, 255]).all() and (picture[:, 2:] == 255).all()
+
+
+def test_a_transparent_palette_means_white() -> None:
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([10, 20, 30])
+    assert (pixels(file_of(palette, transparency=0)) == 255).all()
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    grey = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    assert (pixels(file_of(grey)) == 0x80).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    form = "JPEG" if mode == "CMYK" else "PNG"
+    assert pixels(file_of(Image.new(mode, (5, 3)), form)).shape == (3, 5, 3)
+
+
+def test_the_camera_s_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    upright = pixels(file_of(Image.new("RGB", (30, 10)), "JPEG", exif=exif.tobytes()))
+    assert upright.shape == (30, 10, 3)
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (6, 6), color) for color in ("red", "blue")]
+    moving = file_of(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert (pixels(moving) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.9])
+def test_a_truncated_picture_is_refused(form: str, part: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    content = file_of(noise, form)
+    with pytest.raises(InvalidRequest):
+        decode_picture(content[: int(len(content) * part)], "image", LIMIT)
+
+
+def test_data_urls_need_no_type() -> None:
+    assert decode_data_url("data:;base64,YWI=", "image", 10) == b"ab"
+    assert decode_data_url("DATA:image/png;charset=x;BASE64,YWI=", "image", 10) == b"ab"
+
+
+def test_the_key_depends_on_all_the_encoder_sees() -> None:
+    one = np.zeros((3, 4, 2), np.uint8)
+    keys = {
+        picture_key(one, "a"),
+        picture_key(one, "b"),
+        picture_key(one.reshape(3, 2, 4), "a"),
+        picture_key(one + np.uint8(1), "a"),
+    }
+    assert len(keys) == 4 and all(len(key) == 64 for key in keys)
+    assert picture_key(one.copy(), "a") == picture_key(one, "a")
