@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import os
+import socket
 import sys
 
 from service.errors import CrossgateError
@@ -15,6 +18,8 @@ from service.gateway.telemetry.logs import configure_logs
 from service.gateway.telemetry.tracing import Tracing, configure_tracing
 from service.gateway.text.prompt import load_tokenizer
 
+log = logging.getLogger(__name__)
+
 
 def main() -> int:
     try:
@@ -24,10 +29,12 @@ def main() -> int:
         tracing, end_tracing = configure_tracing(os.environ)
         backend = _backend(settings, family, tracing)
         app = create_app(settings, family, load_tokenizer(settings.model_path), backend, tracing)
-        listener = listen(settings.host, settings.port)
+        listener = listen(settings.host, settings.port, settings.client_timeout_s)
     except CrossgateError as error:
         print(f"crossgate: {error.message}", file=sys.stderr)
         return 2
+    if not settings.has_keys and not _is_local(listener):
+        log.warning("no API keys are set: everybody who reaches %s may ask", settings.host)
     serve(app, listener, settings.drain_timeout_s)
     end_tracing()
     return 0
@@ -41,6 +48,11 @@ def _backend(settings: Settings, family: Family, tracing: Tracing) -> TritonBack
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         tracing=tracing,
     )
+
+
+def _is_local(listener: socket.socket) -> bool:
+    address, _, _ = listener.getsockname()[0].partition("%")
+    return ipaddress.ip_address(address).is_loopback
 
 
 if __name__ == "__main__":

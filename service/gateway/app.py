@@ -23,6 +23,7 @@ from service.families.family import read_json
 from service.gateway.admission import Admission
 from service.gateway.http.docs import install_docs
 from service.gateway.http.edge import Edge
+from service.gateway.http.keys import KeyRing
 from service.gateway.http.probes import probe_routes
 from service.gateway.http.routes import model_routes
 from service.gateway.http.validation import invalid_request
@@ -48,14 +49,16 @@ def create_app(
     Raises InvalidRequest, for an operator, if the checkpoint's template or the key file is no good.
     """
     tracing = tracing or Tracing()
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics(CollectorRegistry(), with_keys=settings.has_keys)
     admission = Admission(
         max_running=settings.max_concurrent_requests,
+        max_shared=settings.max_running,
         max_waiting=settings.max_queue,
         max_wait_s=settings.first_token_timeout_s,
-        on_end=lambda outcome: metrics.ended.labels(outcome).inc(),
+        on_end=metrics.count_end,
     )
     metrics.watch(admission)
+    keys = _keys(settings, admission, metrics)
     threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gateway")
     limits = PictureLimits(settings.max_images, settings.max_image_bytes, settings.max_image_pixels)
     encoder = PictureEncoder(
@@ -83,7 +86,8 @@ def create_app(
 
     app = FastAPI(title="Crossgate", lifespan=lifespan)
     app.state.admission = admission
-    app.include_router(model_routes(settings, pipeline, metrics, chat_defaults(family.folder), int(time.time())))
+    defaults = chat_defaults(family.folder)
+    app.include_router(model_routes(settings, keys, pipeline, metrics, defaults, int(time.time())))
     app.include_router(probe_routes(admission, backend, metrics))
     app.add_middleware(
         Edge,
@@ -100,7 +104,10 @@ def create_app(
 def install_errors(app: FastAPI, metrics: Metrics) -> None:
     """One translation to HTTP for every error; what is not ours ends at the edge."""
 
-    def respond(error: CrossgateError, status: int | None = None, headers: Mapping[str, str] | None = None) -> Response:
+    def respond(
+        request: Request, error: CrossgateError, status: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        request.state.record.error = error
         metrics.failure.labels(error.code).inc()
         headers = dict(headers or {})
         if error.retry_after_s is not None:
@@ -111,18 +118,31 @@ def install_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(CrossgateError)
     async def ours(request: Request, error: CrossgateError) -> Response:
-        return respond(error)
+        return respond(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def fastapis(request: Request, error: RequestValidationError) -> Response:
-        return respond(invalid_request(error.errors(), error.body))
+        return respond(request, invalid_request(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def starlettes(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
-            return respond(NotFound(f"There is no {request.url.path[:200]} here."))
+            return respond(request, NotFound(f"There is no {request.url.path[:200]} here."))
         refused = InvalidRequest(f"{request.method} is not possible here.")
-        return respond(refused, error.status_code, error.headers)
+        return respond(request, refused, error.status_code, error.headers)
+
+
+def _keys(settings: Settings, admission: Admission, metrics: Metrics) -> KeyRing | None:
+    if not settings.has_keys:
+        return None
+
+    def changed(ring: KeyRing) -> None:
+        admission.share(len(ring.names) > 1)
+        metrics.know(ring.names)
+
+    ring = KeyRing(settings.api_keys.get_secret_value(), settings.api_keys_file, changed)
+    changed(ring)
+    return ring
 
 
 def chat_defaults(folder: Path) -> SamplingDefaults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from service.gateway.pictures.read import PictureReader
 from service.gateway.question import Question
 from service.gateway.stages.run import Stages, Trace
 from service.gateway.telemetry.metrics import Metrics
+from service.gateway.telemetry.record import Record
 from service.gateway.telemetry.tracing import Tracing
 from service.gateway.text.detokenize import Detokenizer, Vocabulary
 from service.gateway.text.prompt import PromptBuilder
@@ -66,34 +68,46 @@ class Pipeline:
         self._metrics = metrics
         self._tracing = tracing
 
-    async def answer(self, question: Question) -> AsyncGenerator[Piece, None]:
-        """Closing or cancelling it cancels both stages. Raises CrossgateError."""
+    async def answer(self, question: Question, record: Record) -> AsyncGenerator[Piece, None]:
+        """Closing or cancelling it cancels both stages. `record` learns what is to be told. Raises CrossgateError."""
         clock = _Clock(self._metrics)
-        async with self._admission.slot():
-            clock.admitted()
-            self._tracing.passed("admission", clock.waited_s)
-            pictures = await self._pictures.read(question.pictures)
-            request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
-            pixels = {picture.key: picture.pixels for picture in pictures}
-            trace = Trace()
-            text = _Text(self._vocabulary, question.stop)
-            num_tokens = 0
-            async with aclosing(self._stages.run(request, pixels, trace)) as events:
-                async for event in events:
-                    if event.finish_reason is FinishReason.CANCELLED:
-                        raise Unavailable("The decoder gave the request up.", retry_after_s=1)
-                    num_tokens += len(event.token_ids)
-                    clock.tokens(event, streamed=request.sampling.stream)
-                    piece, stopped = text.push(event)
-                    ending = None
-                    if stopped or event.finish_reason is not None:
-                        ending = _ending(event, stopped, request, num_tokens, trace, clock)
-                        self._metrics.finished(
-                            ending.finish_reason, ending.usage, len(pixels), time.perf_counter() - clock.arrival
-                        )
-                    yield Piece(piece, event.token_ids, ending)
-                    if stopped:
-                        return  # which closes the stages, and so cancels the decoder
+        trace = Trace()
+        record.pictures = len(question.pictures)
+        try:
+            async with self._admission.slot(record.key):
+                record.admitted = True
+                clock.admitted()
+                self._tracing.passed("admission", clock.waited_s)
+                pictures = await self._pictures.read(question.pictures)
+                request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
+                record.prompt_tokens, record.completion_tokens = len(request.input_ids), 0
+                pixels = {picture.key: picture.pixels for picture in pictures}
+                text = _Text(self._vocabulary, question.stop)
+                async with aclosing(self._stages.run(request, pixels, trace)) as events:
+                    async for event in events:
+                        if event.finish_reason is FinishReason.CANCELLED:
+                            raise Unavailable("The decoder gave the request up.", retry_after_s=1)
+                        record.completion_tokens += len(event.token_ids)
+                        clock.tokens(event, streamed=request.sampling.stream)
+                        piece, stopped = text.push(event)
+                        ending = None
+                        if stopped or event.finish_reason is not None:
+                            ending = _ending(event, stopped, request, record.completion_tokens, trace, clock)
+                            self._finished(ending, len(pixels), clock, record)
+                        yield Piece(piece, event.token_ids, ending)
+                        if stopped:
+                            return  # which closes the stages, and so cancels the decoder
+        finally:
+            if not record.timings:
+                record.timings = dataclasses.asdict(_timings(None, trace, clock))
+
+    def _finished(self, ending: Ending, num_images: int, clock: _Clock, record: Record) -> None:
+        usage = ending.usage
+        self._metrics.finished(ending.finish_reason, usage, num_images, time.perf_counter() - clock.arrival)
+        record.finish_reason = ending.finish_reason
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        record.cached_pictures = usage.cached_images
+        record.timings = dataclasses.asdict(ending.timings)
 
 
 class _Text:
@@ -121,12 +135,17 @@ class _Clock:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.arrival = time.perf_counter()
-        self.waited_s = 0.0
+        self.admission: float | None = None
         self.first: float | None = None
         self.last = self.arrival
 
     def admitted(self) -> None:
-        self.waited_s = time.perf_counter() - self.arrival
+        self.admission = time.perf_counter()
+
+    @property
+    def waited_s(self) -> float:
+        """For a place; so far, if there is none yet."""
+        return (self.admission or time.perf_counter()) - self.arrival
 
     def tokens(self, event: TokenEvent, *, streamed: bool) -> None:
         if not event.token_ids:
@@ -154,18 +173,23 @@ def _ending(
         images=len(request.image_keys),
         cached_images=len(keys - trace.sent),
     )
-    timings = event.timings
-    if timings is None:
-        first = clock.first or clock.last
-        before_first_s = first - clock.arrival - clock.waited_s - trace.encode_s
-        timings = DecoderTimings(prefill_ms=before_first_s * 1e3, decode_ms=(clock.last - first) * 1e3)
     return Ending(
         finish_reason=FinishReason.STOP if stopped else event.finish_reason or FinishReason.STOP,
         usage=usage,
-        timings=Timings(
-            queue_ms=round(clock.waited_s * 1e3 + timings.queue_ms, 3),
-            encode_ms=round(trace.encode_s * 1e3, 3),
-            prefill_ms=round(timings.prefill_ms, 3),
-            decode_ms=round(timings.decode_ms, 3),
-        ),
+        timings=_timings(event.timings, trace, clock),
+    )
+
+
+def _timings(decoder: DecoderTimings | None, trace: Trace, clock: _Clock) -> Timings:
+    """As far as the request has come. Without the decoder's account its queue counts as prefill."""
+    if decoder is None:
+        first = clock.first or time.perf_counter()
+        prefill_s = max(0.0, first - clock.arrival - clock.waited_s - trace.encode_s)
+        decode_s = 0.0 if clock.first is None else clock.last - clock.first
+        decoder = DecoderTimings(prefill_ms=prefill_s * 1e3, decode_ms=decode_s * 1e3)
+    return Timings(
+        queue_ms=round(clock.waited_s * 1e3 + decoder.queue_ms, 3),
+        encode_ms=round(trace.encode_s * 1e3, 3),
+        prefill_ms=round(decoder.prefill_ms, 3),
+        decode_ms=round(decoder.decode_ms, 3),
     )

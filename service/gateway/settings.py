@@ -38,14 +38,15 @@ class Settings(BaseSettings):
     triton_url: str = Field("127.0.0.1:8001", validation_alias="TRITON_URL")  # gRPC host:port
     model_name: str = ""  # as clients call it; empty: the name of the checkpoint's folder
 
-    api_keys: SecretStr = SecretStr("")  # separated by commas; none at all: no authentication
-    api_keys_file: Path | None = None  # one key a line
+    api_keys: SecretStr = SecretStr("")  # NAME:KEY or KEY, separated by commas; none at all: no authentication
+    api_keys_file: Path | None = None  # one a line, with comments; looked at again when it changes
 
     max_images: int = Field(16, ge=0)  # of one request
     max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
     max_image_pixels: int = Field(32_000_000, ge=1, le=89_000_000)  # of one picture; Pillow's own limit is above it
     max_body_bytes: int = Field(64 << 20, ge=1)
     max_concurrent_requests: int = Field(64, ge=1)
+    max_running: int = Field(32, ge=1)  # the decoder's; several keys share no more, so that none waits in its queue
     max_queue: int = Field(128, ge=0)  # requests that wait for one of the above
     default_max_tokens: int = Field(256, ge=1)
 
@@ -55,6 +56,7 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(600.0, gt=0)
     heartbeat_timeout_s: float = Field(5.0, gt=0)
     client_timeout_s: float = Field(60.0, gt=0)  # for a client to send the next or take the last piece
+    ping_interval_s: float = Field(10.0, gt=0)  # of silence in a stream, then a comment
     drain_timeout_s: float = Field(30.0, ge=0)
 
     latents_cache_bytes: int = Field(64 << 20, ge=0)
@@ -65,19 +67,9 @@ class Settings(BaseSettings):
     def served_name(self) -> str:
         return self.model_name or self.model_path.resolve().name
 
-    def read_api_keys(self) -> frozenset[str]:
-        """Raises InvalidRequest if the key file cannot be read or is empty: a typing error must not open the door."""
-        keys = [key.strip() for key in self.api_keys.get_secret_value().split(",")]
-        if self.api_keys_file is not None:
-            try:
-                lines = self.api_keys_file.read_text().splitlines()
-            except OSError as error:
-                name = PREFIX + "API_KEYS_FILE"
-                raise InvalidRequest(f"{name}: {self.api_keys_file} cannot be read.", param=name) from error
-            keys += [line.strip() for line in lines]
-            if not any(keys):
-                raise InvalidRequest(f"{self.api_keys_file} holds no key.", param=PREFIX + "API_KEYS_FILE")
-        return frozenset(key for key in keys if key)
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.api_keys.get_secret_value()) or self.api_keys_file is not None
 
 
 def load_settings() -> Settings:

@@ -74,7 +74,7 @@ def serve(make_app: MakeApp) -> Connect:
     @asynccontextmanager
     async def served(*, drain_timeout_s: float = 10.0, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
         app = make_app(**changes)
-        listener = listen("127.0.0.1", 0)
+        listener = listen("127.0.0.1", 0, changes.get("client_timeout_s", 60.0))
         config = uvicorn.Config(app, log_config=None, access_log=False)
         server = DrainingServer(config, app.state.admission, drain_timeout_s)
         task = asyncio.create_task(server.serve(sockets=[listener]))

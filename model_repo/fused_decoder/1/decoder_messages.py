@@ -6,6 +6,7 @@ tensor ends it, and bf16 has no NumPy form.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import triton_python_backend_utils as pb_utils
 
 from service.contract import SamplingParams, TokenEvent, ValidRequest
 from service.errors import CrossgateError
+
+log = logging.getLogger("fused_decoder")
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -31,15 +34,18 @@ def read_request(request: Any) -> tuple[ValidRequest, torch.Tensor | None, list[
     return valid, _tensor(request, "latents"), _integers(request, "latent_index")
 
 
-def send(sender: Any, event: TokenEvent | CrossgateError | None) -> None:
+def send(sender: Any, request_id: str, event: TokenEvent | CrossgateError | None) -> None:
     """Send what the engine delivers; None says that the request was cancelled. FINAL is owed then, too.
 
-    Never raises: what Triton does not take is logged, since the engine's thread serves others, too.
+    A request's last is a line in the log, under the gateway's id. Never raises: what Triton does not take is logged,
+    since the engine's thread serves others, too.
     """
     try:
         _send(sender, event)
     except Exception as error:
-        pb_utils.Logger.log_error(f"fused_decoder: a response was not sent: {error!r}")
+        pb_utils.Logger.log_error(f"fused_decoder: request {request_id}: a response was not sent: {error!r}")
+    if request_id and not (isinstance(event, TokenEvent) and event.finish_reason is None):
+        log.info("request %s: %s", request_id, _told(event))
 
 
 def _send(sender: Any, event: TokenEvent | CrossgateError | None) -> None:
@@ -52,6 +58,14 @@ def _send(sender: Any, event: TokenEvent | CrossgateError | None) -> None:
         text = torch.frombuffer(bytearray(event.to_json().encode()), dtype=torch.uint8)
         outputs = [pb_utils.Tensor.from_dlpack("token_ids", token_ids), pb_utils.Tensor.from_dlpack("event", text)]
         sender.send(pb_utils.InferenceResponse(outputs), flags=0 if event.finish_reason is None else FINAL)
+
+
+def _told(event: TokenEvent | CrossgateError | None) -> str:
+    if event is None:
+        return "cancelled"
+    if isinstance(event, CrossgateError):
+        return f"{event.code}: {event.message}"
+    return f"{event.finish_reason} {event.usage} {event.timings}"
 
 
 def _tensor(request: Any, name: str) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ class TritonPythonModel:
         from service.decoder.loop import EngineLoop
         from service.decoder.settings import DecoderSettings
 
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self.read_request, self.send = read_request, send
         family = load_family(Path(os.environ["MODEL_PATH"]))
         engine = Engine.from_family(family, DecoderSettings.from_environment())
@@ -58,13 +60,13 @@ class TritonPythonModel:
         """Hand every request to the engine; its thread answers through the response senders."""
         for request in requests:
             sender = request.get_response_sender()
-            deliver = partial(self.send, sender)
+            deliver = partial(self.send, sender, request.request_id())
             try:
                 valid, latents, latent_index = self.read_request(request)
             except CrossgateError as error:
                 deliver(error)
             except Exception as error:  # whatever it is, the others of this call are not to suffer
-                pb_utils.Logger.log_error(f"fused_decoder: {error!r}")
+                pb_utils.Logger.log_error(f"fused_decoder: request {request.request_id()}: {error!r}")
                 deliver(Internal("The decoder could not read the request."))
             else:
                 self.loop.submit(valid, latents, latent_index, deliver, sender.is_cancelled)

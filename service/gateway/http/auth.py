@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Annotated
 
+from fastapi import Depends
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request
 
 from service.errors import Unauthorized
+from service.gateway.http.keys import KeyRing
+
+_BEARER = HTTPBearer(auto_error=False, description="A key of this service.")
+_Given = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
-def bearer_check(keys: frozenset[str]) -> Callable[[Request], None]:
-    """A dependency that raises Unauthorized. Takes the same time whichever key is wrong, wherever it is."""
-    wanted = [key.encode() for key in keys]
+def key_check(ring: KeyRing) -> Callable[[Request, _Given], Awaitable[None]]:
+    """A dependency that raises Unauthorized, and else notes the key's name in the request's record.
 
-    def check(request: Request) -> None:
-        if not wanted:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in wanted]
-        if scheme.lower() != "bearer" or not any(matches):
+    It runs before a route reads the body.
+    """
+
+    async def check(request: Request, given: _Given) -> None:
+        name = await ring.name_of(given.credentials) if given is not None else None
+        if name is None:
             raise Unauthorized("A valid API key is needed: Authorization: Bearer KEY.")
+        request.state.record.key = name
 
     return check

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import Internal, InvalidRequest, TooLarge
 from service.gateway.telemetry.logs import request_id
 from service.gateway.telemetry.metrics import Metrics
+from service.gateway.telemetry.record import Record
 from service.gateway.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -52,15 +53,23 @@ class Edge:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         current = given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         token = request_id.set(current)
+        record = Record(current)
+        scope.setdefault("state", {})["record"] = record
         status = CLIENT_LEFT
+        complete = False
         start = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = current
-            await send(message)
+            try:
+                async with asyncio.timeout(self._client_timeout_s):
+                    await send(message)
+            except TimeoutError as error:  # a client that takes nothing
+                raise ClientDisconnect from error
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self._app(scope, self._limited(receive), send_with_id)
@@ -68,12 +77,13 @@ class Edge:
             pass
         except Exception:
             log.exception("a request failed")
+            record.error = Internal("The server failed.")
+            self._metrics.failure.labels(record.error.code).inc()
             if status == CLIENT_LEFT:
-                error = Internal("The server failed.")
-                self._metrics.failure.labels(error.code).inc()
-                await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
+                await JSONResponse(record.error.body(), record.error.status)(scope, receive, send_with_id)
         finally:
-            self._tell(scope, status, time.perf_counter() - start)
+            record.left = not complete
+            self._tell(scope, status, time.perf_counter() - start, record)
             request_id.reset(token)
         return status
 
@@ -99,10 +109,12 @@ class Edge:
 
         return limited
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _tell(self, scope: Scope, status: int, seconds: float, record: Record) -> None:
         self._metrics.http_requests.labels(_route(scope), status).inc()
-        fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(seconds * 1e3, 1)}
-        log.log(logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO, "request", extra={"fields": fields})
+        path = scope["path"]
+        fields = {"method": scope["method"], "path": path[:200], "status": status, "ms": round(seconds * 1e3, 1)}
+        level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+        log.log(level, "request", extra={"fields": fields | record.fields()})
 
 
 def _route(scope: Scope) -> str:

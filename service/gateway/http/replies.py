@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ from service.gateway.question import Question
 
 
 class GenerateReply:
-    """Of /v1/generate."""
+    """Of /v1/generate. Its id contains the request's, which logs and traces know."""
 
-    def __init__(self, model: str, question: Question) -> None:
-        self._head = {"id": f"gen-{uuid.uuid4().hex}", "model": model}
+    def __init__(self, model: str, question: Question, request_id: str) -> None:
+        self._head = {"id": f"gen-{request_id}", "model": model}
         self._return_token_ids = question.return_token_ids
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
@@ -43,8 +42,8 @@ class GenerateReply:
 class ChatReply:
     """Of /v1/chat/completions: OpenAI's bodies, with `timings` beside them and picture counts in `usage`."""
 
-    def __init__(self, model: str, question: Question) -> None:
-        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+    def __init__(self, model: str, question: Question, request_id: str) -> None:
+        self._id, self._created = f"chatcmpl-{request_id}", int(time.time())
         self._model = model
         self._include_usage = question.include_usage
         self._begun = False

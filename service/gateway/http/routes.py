@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import CrossgateError, InvalidRequest, NotFound
-from service.gateway.http.auth import bearer_check
+from service.gateway.http.auth import key_check
 from service.gateway.http.docs import CHAT_DOCS, GENERATE_DOCS
 from service.gateway.http.forms import parse_form
+from service.gateway.http.keys import KeyRing
 from service.gateway.http.replies import ChatReply, GenerateReply, Reply
 from service.gateway.http.schemas import ChatBody, GenerateBody
 from service.gateway.http.sse import EventStream, or_disconnected
@@ -22,12 +23,19 @@ from service.gateway.pipeline import Piece, Pipeline
 from service.gateway.question import Question, SamplingDefaults
 from service.gateway.settings import Settings
 from service.gateway.telemetry.metrics import Metrics
+from service.gateway.telemetry.record import Record
 
 
 def model_routes(
-    settings: Settings, pipeline: Pipeline, metrics: Metrics, chat_defaults: SamplingDefaults, created: int
+    settings: Settings,
+    keys: KeyRing | None,
+    pipeline: Pipeline,
+    metrics: Metrics,
+    chat_defaults: SamplingDefaults,
+    created: int,
 ) -> APIRouter:
-    router = APIRouter(prefix="/v1", dependencies=[Depends(bearer_check(settings.read_api_keys()))])
+    """`keys` None: the door is open."""
+    router = APIRouter(prefix="/v1", dependencies=[] if keys is None else [Depends(key_check(keys))])
     served_name = settings.served_name
     card = {"id": served_name, "object": "model", "created": created, "owned_by": "crossgate"}
 
@@ -43,7 +51,7 @@ def model_routes(
             raise InvalidRequest("The body must be application/json or multipart/form-data.")
         check_model(body.model)
         question = body.question(uploads)
-        return await reply(request, question, GenerateReply(served_name, question))
+        return await reply(request, question, GenerateReply(served_name, question, request.state.record.request_id))
 
     @router.post("/chat/completions", openapi_extra=CHAT_DOCS)
     async def chat_completions(request: Request) -> Response:
@@ -51,7 +59,7 @@ def model_routes(
         body = parse_json(ChatBody, await request.body())
         check_model(body.model)
         question = body.question(chat_defaults)
-        return await reply(request, question, ChatReply(served_name, question))
+        return await reply(request, question, ChatReply(served_name, question, request.state.record.request_id))
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -67,17 +75,17 @@ def model_routes(
             raise NotFound(f"The model served here is {served_name}.", param="model")
 
     async def reply(request: Request, question: Question, reply: Reply) -> Response:
-        pieces = pipeline.answer(question)
+        record: Record = request.state.record
+        record.streamed = question.stream
+        pieces = pipeline.answer(question, record)
         if not question.stream:
             return JSONResponse(reply.whole(await or_disconnected(request.receive, _all(pieces))))
-        # the first piece comes before the first byte, so that whatever is wrong until then has its HTTP status
-        first = await or_disconnected(request.receive, anext(pieces))
-        return EventStream(
-            _chunks(reply, first, pieces), client_timeout_s=settings.client_timeout_s, on_error=count_failure
-        )
 
-    def count_failure(error: CrossgateError) -> None:
-        metrics.failure.labels(error.code).inc()
+        def failed(error: CrossgateError) -> None:
+            record.error = error
+            metrics.failure.labels(error.code).inc()
+
+        return EventStream(_chunks(reply, pieces), ping_interval_s=settings.ping_interval_s, on_error=failed)
 
     return router
 
@@ -87,10 +95,7 @@ async def _all(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:
         return [piece async for piece in pieces]
 
 
-async def _chunks(
-    reply: Reply, first: Piece, pieces: AsyncGenerator[Piece, None]
-) -> AsyncGenerator[list[dict[str, Any]], None]:
+async def _chunks(reply: Reply, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[list[dict[str, Any]], None]:
     async with aclosing(pieces):
-        yield list(reply.chunks(first))
         async for piece in pieces:
             yield list(reply.chunks(piece))

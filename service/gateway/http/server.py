@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from service.errors import InvalidRequest
 from service.gateway.admission import Admission
+from service.gateway.http.sockets import drop_stalled
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,18 @@ def serve(app: FastAPI, listener: socket.socket, drain_timeout_s: float) -> None
     DrainingServer(config, app.state.admission, drain_timeout_s).run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises InvalidRequest, in one line for an operator, if the port is taken or the host is not ours."""
+def listen(host: str, port: int, client_timeout_s: float = 60.0) -> socket.socket:
+    """Raises InvalidRequest, in one line for an operator, if the port is taken or the host is not ours.
+
+    A client that takes nothing for `client_timeout_s` loses its connection.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise InvalidRequest(f"Cannot listen on {host}:{port}: {error.strerror}.", param="PORT") from error
+    drop_stalled(listener, client_timeout_s)
+    return listener
 
 
 class DrainingServer(uvicorn.Server):

@@ -18,6 +18,7 @@ from service.errors import CrossgateError, Internal
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -36,77 +37,97 @@ def error_frame(error: CrossgateError) -> bytes:
 
 
 class EventStream(Response):
-    """Sends each list of chunks of `source` as events, then `[DONE]`.
+    """Sends each list of chunks of `source` as events, then `[DONE]`; a comment after each silence of a ping interval.
 
-    An error becomes an `error` event and the stream ends without `[DONE]`; `on_error` is told. When the client leaves,
-    or takes nothing for `client_timeout_s`, the source is cancelled where it stands.
+    The headers go out with the first of these. An error before them is raised, and so has its HTTP status; one after
+    them becomes an `error` event, `on_error` is told, and the stream ends without `[DONE]`. When the client leaves,
+    the source is cancelled where it stands and ClientDisconnect is raised.
     """
 
     def __init__(
         self,
         source: AsyncGenerator[list[dict[str, Any]], None],
         *,
-        client_timeout_s: float,
+        ping_interval_s: float,
         on_error: Callable[[CrossgateError], None],
     ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._source = source
-        self._client_timeout_s = client_timeout_s
+        self._ping_interval_s = ping_interval_s
         self._on_error = on_error
+        self._writing = asyncio.Lock()
+        self._begun = False
+        self._last_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await or_disconnected(receive, self._pump(send))
-        except ClientDisconnect:
-            return
+        self._last_s = asyncio.get_running_loop().time()
+        await or_disconnected(receive, self._pump(send), self._ping(send))
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._source) as source:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for chunks in source:
                     if chunks:
-                        await self._send(send, b"".join(map(frame, chunks)))
-                await self._send(send, DONE)
-            except CrossgateError as error:
-                self._on_error(error)
-                await self._send(send, error_frame(error))
+                        await self._write(send, b"".join(map(frame, chunks)))
+                await self._write(send, DONE)
             except ClientDisconnect:
                 raise
-            except Exception:
-                log.exception("a stream failed")
-                failure = Internal("The server failed.")
-                self._on_error(failure)
-                await self._send(send, error_frame(failure))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except Exception as error:
+                if not self._begun:
+                    raise
+                await self._write(send, error_frame(self._failure(error)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, body: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._client_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-        except TimeoutError as error:
-            raise ClientDisconnect from error
+    async def _ping(self, send: Send) -> None:
+        """Balancers and clients cut off what is silent for long."""
+        while True:
+            silent_s = asyncio.get_running_loop().time() - self._last_s
+            if silent_s >= self._ping_interval_s:
+                await self._write(send, PING)
+            else:
+                await asyncio.sleep(self._ping_interval_s - silent_s)
+
+    async def _write(self, send: Send, body: bytes) -> None:
+        async with self._writing:  # a ping must come neither before the headers nor amid an event
+            self._last_s = asyncio.get_running_loop().time()
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    def _failure(self, error: Exception) -> CrossgateError:
+        if not isinstance(error, CrossgateError):
+            log.error("a stream failed", exc_info=error)
+            error = Internal("The server failed.")
+        self._on_error(error)
+        return error
 
 
-async def or_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def or_disconnected(
+    receive: Receive, work: Coroutine[Any, Any, Result], beside: Coroutine[Any, Any, None] | None = None
+) -> Result:
     """The result of `work`, which is cancelled when the client leaves: then raises ClientDisconnect.
 
-    The request's body must have been read.
+    What `beside` raises ends it, too. The request's body must have been read.
     """
     working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(receive))
+    others = [asyncio.create_task(_disconnected(receive))]
+    if beside is not None:
+        others.append(asyncio.create_task(beside))
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((working, *others), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnect
-        return working.result()
+            for task in done:
+                task.result()
+        return await working
     finally:
-        for task in (working, watching):
+        for task in (working, *others):
             task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        await asyncio.gather(working, *others, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect

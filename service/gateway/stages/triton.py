@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.contract import FUSED_DECODER, VISION_ENCODER, SamplingParams, TokenEvent, ValidRequest
 from service.errors import CrossgateError, Internal, Overloaded, StageTimeout, Unavailable, from_triton
+from service.gateway.telemetry.logs import request_id
 from service.gateway.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class TritonBackend:
         self._heard: dict[str, float] = {}  # model -> when it last answered; real answers spare the heartbeat
 
     async def encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        message = service_pb2.ModelInferRequest(model_name=VISION_ENCODER)
+        message = service_pb2.ModelInferRequest(model_name=VISION_ENCODER, id=request_id.get() or "")
         _add_input(message, "pixels", "UINT8", (1, *pixels.shape), pixels.tobytes())
         with self._tracing.call("encode") as trace:
             try:
@@ -141,7 +142,7 @@ class TritonBackend:
 
 def decoder_message(request: ValidRequest, latents: Mapping[str, NDArray[Any]]) -> service_pb2.ModelInferRequest:
     """The fused decoder's inputs; see the contract for when one is absent."""
-    message = service_pb2.ModelInferRequest(model_name=FUSED_DECODER)
+    message = service_pb2.ModelInferRequest(model_name=FUSED_DECODER, id=request_id.get() or "")
     input_ids = np.asarray(request.input_ids, "<i4")
     _add_input(message, "input_ids", "INT32", input_ids.shape, input_ids.tobytes())
     if request.image_keys:

@@ -5,7 +5,11 @@ The decoder's and the encoder's own gauges come from Triton's /metrics.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from service.contract import Usage
 from service.gateway.admission import Admission, Outcome
@@ -15,8 +19,11 @@ _BETWEEN_TOKENS = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0
 
 
 class Metrics:
-    def __init__(self, registry: CollectorRegistry) -> None:
+    """`with_keys`: how requests end, run and wait is also told by the caller's name, in a label `key`."""
+
+    def __init__(self, registry: CollectorRegistry, *, with_keys: bool = False) -> None:
         self.registry = registry
+        self._with_keys = with_keys
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"crossgate_{name}", text, labels, registry=registry)
@@ -32,19 +39,31 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens received from the decoder.")
         self.image_queries = counter("image_cache_queries", "Distinct pictures of finished requests.")
         self.image_hits = counter("image_cache_hits", "Those whose K/V the decoder had already.")
-        self.ended = counter("requests_ended", "Admitted requests by how they ended.", "outcome")
+        by_key = ("key",) if with_keys else ()
+        self._ended = counter("requests_ended", "Admitted requests by how they ended.", "outcome", *by_key)
         self.success = counter("request_success", "Finished requests by reason.", "finished_reason")
         self.failure = counter("request_failure", "Requests answered with an error, by its code.", "code")
         self.http_requests = counter("http_requests", "HTTP replies.", "route", "status")
-        for outcome in Outcome:
-            self.ended.labels(outcome)  # so that each is there from the start, at 0
+        self._keys: dict[str | None, None] = {}
+        if not with_keys:
+            self.know((None,))
+
+    def know(self, keys: Iterable[str | None]) -> None:
+        """Show these from now on, each count from 0. Only names that an operator gave: there are few."""
+        self._keys |= dict.fromkeys(keys)
+        for key in self._keys:
+            for outcome in Outcome:
+                self._ended.labels(outcome, *self._label(key))
 
     def watch(self, admission: Admission) -> None:
         """Show how many run and wait, read when somebody looks."""
-        running = Gauge("crossgate_num_requests_running", "Admitted requests.", registry=self.registry)
-        running.set_function(lambda: admission.num_running)
-        waiting = Gauge("crossgate_num_requests_waiting", "Requests that wait.", registry=self.registry)
-        waiting.set_function(lambda: admission.num_waiting)
+        self.registry.register(_Places(admission, self._keys, self._label))
+
+    def count_end(self, key: str | None, outcome: Outcome) -> None:
+        self._ended.labels(outcome, *self._label(key)).inc()
+
+    def _label(self, key: str | None) -> tuple[str, ...]:
+        return (str(key),) if self._with_keys else ()
 
     def finished(self, reason: str, usage: Usage, num_images: int, latency_s: float) -> None:
         self.success.labels(reason).inc()
@@ -52,3 +71,22 @@ class Metrics:
         self.prompt_tokens.inc(usage.prompt_tokens)
         self.image_queries.inc(num_images)
         self.image_hits.inc(usage.cached_images)
+
+
+class _Places(Collector):
+    def __init__(
+        self, admission: Admission, keys: Mapping[str | None, None], label: Callable[[str | None], tuple[str, ...]]
+    ) -> None:
+        self._admission = admission
+        self._keys = keys
+        self._label = label
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, text, count in (
+            ("running", "Admitted requests.", self._admission.running_of),
+            ("waiting", "Requests that wait.", self._admission.waiting_of),
+        ):
+            gauge = GaugeMetricFamily(f"crossgate_num_requests_{name}", text, labels=self._label("key"))
+            for key in self._keys:
+                gauge.add_metric(self._label(key), count(key))
+            yield gauge
