@@ -83,7 +83,9 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("mistake", ["no model", "no folder", "no tokenizer", "port in use", "unknown setting"])
+@pytest.mark.parametrize(
+    "mistake", ["no model", "no folder", "no tokenizer", "port in use", "unknown setting", "keys that are not UTF-8"]
+)
 def test_an_operator_s_mistake_is_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path, mistake: str
 ) -> None:
@@ -102,6 +104,9 @@ def test_an_operator_s_mistake_is_one_line_and_status_2(
             (checkpoint / "tokenizer.json").unlink()
         elif mistake == "unknown setting":
             monkeypatch.setenv("CROSSGATE_MAX_IMAGE", "3")
+        elif mistake == "keys that are not UTF-8":
+            (checkpoint / "keys").write_bytes(b"alice:\xff\xfe\n")
+            monkeypatch.setenv("CROSSGATE_API_KEYS_FILE", str(checkpoint / "keys"))
         assert main() == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("crossgate: ")
@@ -136,3 +141,36 @@ async def test_the_process_serves_and_ends_with_0_on_sigterm(checkpoint: Path) -
             await process.wait()
     assert process.returncode == 0
     assert all(json.loads(line)["message"] for line in errors.decode().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"),
+    [
+        ("127.0.0.1", "", False),
+        ("0.0.0.0", "", True),
+        ("0.0.0.0", "alice:secret", False),
+        ("::1", "", False),
+        ("::", "", True),
+    ],
+)
+def test_an_open_door_beyond_this_machine_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    checkpoint: Path,
+    host: str,
+    keys: str,
+    warned: bool,
+) -> None:
+    for name in [name for name in os.environ if name.startswith("CROSSGATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("service.gateway.__main__.configure_logs", lambda level: None)
+    monkeypatch.setattr("service.gateway.__main__.serve", lambda app, listener, drain_timeout_s: listener.close())
+    monkeypatch.setenv("HOST", host)
+    monkeypatch.setenv("PORT", "0")
+    monkeypatch.setenv("MODEL_PATH", str(checkpoint))
+    monkeypatch.setenv("CROSSGATE_API_KEYS", keys)
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    assert main() == 0
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert [("no API keys" in record.getMessage()) for record in warnings] == [True] * warned

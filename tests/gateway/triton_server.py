@@ -24,10 +24,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.says: str | None = None
         self.ends_with: grpc.StatusCode | None = None
         self.metadata: list[dict[str, str]] = []
+        self.ids: list[str] = []
         self.num_infer = 0
 
     async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         self.num_infer += 1
+        self.ids.append(request.id)
         await self._misbehave(context)
         if self.says is not None:
             await context.abort(grpc.StatusCode.INTERNAL, self.says)
@@ -45,6 +47,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
         self.metadata.append(dict(context.invocation_metadata()))
         async for message in requests:
+            self.ids.append(message.id)
             await self._misbehave(context)
             if self.says is not None:
                 yield service_pb2.ModelStreamInferResponse(error_message=self.says)

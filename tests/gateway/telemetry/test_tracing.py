@@ -68,8 +68,10 @@ def question(stream: bool) -> dict:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_request_admission_and_both_stages_are_one_trace(family, tokenizer, backend, exporter, stream) -> None:
     async with traced(family, tokenizer, backend, exporter) as (http, fake):
-        reply = await http.post("/v1/generate", json=question(stream), headers={"traceparent": CALLER})
+        headers = {"traceparent": CALLER, "x-request-id": "abc-1"}
+        reply = await http.post("/v1/generate", json=question(stream), headers=headers)
         assert reply.status_code == 200
+        assert fake.ids == ["abc-1", "abc-1"]  # both stages know the request
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert spans.keys() == {"POST /v1/generate", "admission", "encode", "generate"}
     root = spans["POST /v1/generate"]
