@@ -49,8 +49,8 @@ class TritonPythonModel:
         from service.decoder.loop import EngineLoop
         from service.decoder.settings import DecoderSettings
 
-        self.read_request, self.send = read_request, send
         family = load_family(Path(os.environ["MODEL_PATH"]))
+        self.read_request, self.send = partial(read_request, max_positions=family.decoder.max_positions), send
         engine = Engine.from_family(family, DecoderSettings.from_environment())
         self.loop = EngineLoop(engine, on_step=DecoderMetrics().publish)
 
@@ -68,6 +68,10 @@ class TritonPythonModel:
                 deliver(Internal("The decoder could not read the request."))
             else:
                 self.loop.submit(valid, latents, latent_index, deliver, sender.is_cancelled)
+
+    def is_ready(self) -> bool:
+        """Newer Tritons than the wheel's ask it where a probe asks for this model."""
+        return bool(self.loop.is_alive)
 
     def finalize(self) -> None:
         self.loop.close()
