@@ -197,7 +197,8 @@ class Engine:
         """Whether a step of one token works. Takes a block for it; without one it does not know, and says yes."""
         if self.scheduler.blocks.num_free == 0:
             return True
-        sequence = Sequence(0, ValidRequest((0,)), {}, self.family.see, time.monotonic(), 0)
+        nobody = -1  # requests count from 0
+        sequence = Sequence(nobody, ValidRequest((0,)), {}, self.family.see, time.monotonic(), 0)
         sequence.block_table = self.scheduler.blocks.allocate(1)
         try:
             return self.runner.run(Step([Chunk(sequence, 0, 1)])) != [None]
