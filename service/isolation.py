@@ -34,7 +34,10 @@ def run_apart(run: Callable[[list[Item]], list[Result | None]], items: list[Item
     except Exception as error:
         if is_sticky(error):
             raise Broken(f"{error!r}") from error
-        logger.exception("a batch of %d failed", len(items))
+        if len(items) == 1:
+            logger.exception("one of a batch failed by itself")
+        else:
+            logger.warning("a batch of %d failed, and is computed in parts: %r", len(items), error)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # out here, where the exception keeps no tensor alive any more
     if len(items) <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from service.contract import MAX_STOP_TOKEN_IDS, SamplingParams, TokenEvent, ValidRequest
 from service.decoder.engine import Engine
+from service.decoder.loop import EngineLoop
 from service.decoder.scheduler import Step
 from service.decoder.settings import DecoderSettings
 from service.errors import CrossgateError, ImageNotResident, Internal, InvalidRequest
@@ -215,6 +217,42 @@ def test_a_failed_step_leaves_no_picture_resident(world: World, expected: dict[i
     world.add(engine, 5)
     assert tokens(drain(engine)[5]) == expected[5]
     assert_all_free(engine)
+
+
+def test_after_a_failed_step_the_next_request_is_answered_about_its_own_picture(
+    world: World, expected: dict[int, list[int]]
+) -> None:
+    """As clients have it: through the loop, which drops the requests of a step that failed as a whole."""
+    engine = world.engine(dataclasses.replace(ROOMY, image_pages=2))
+    world.add(engine, 2)  # its pictures are on both pages
+    drain(engine)
+    project_image = engine.runner.model.project_image
+
+    def broken(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("no kernel")
+
+    def ask() -> tuple[list[int], CrossgateError | None]:
+        answers: queue.SimpleQueue[TokenEvent | CrossgateError | None] = queue.SimpleQueue()
+        request, pictures = world.requests[5]
+        latents = world.stage.encode(torch.from_numpy(pictures))
+        loop.submit(request, latents, list(range(len(pictures))), answers.put, lambda: False)
+        got: list[int] = []
+        while True:
+            answer = answers.get(timeout=30)
+            if answer is None or isinstance(answer, CrossgateError):
+                return got, answer
+            got += answer.token_ids
+            if answer.finish_reason is not None:
+                return got, None
+
+    loop = EngineLoop(engine)
+    try:
+        engine.runner.model.project_image = broken  # type: ignore[method-assign]
+        assert isinstance(ask()[1], Internal)
+        engine.runner.model.project_image = project_image  # type: ignore[method-assign]
+        assert ask() == (expected[5], None)
+    finally:
+        loop.close()
 
 
 def test_a_picture_that_one_of_two_requests_has_filled_is_resident(
