@@ -24,6 +24,9 @@ from typing import Any
 
 from service.errors import InvalidRequest
 
+MAX_STOP_TOKEN_IDS = 64
+MAX_SAMPLING_BYTES = 4096  # several times what the longest legal JSON has
+
 VISION_ENCODER = "vision_encoder"
 FUSED_DECODER = "fused_decoder"
 
@@ -36,7 +39,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. `temperature` 0 is greedy; `top_k` None and `top_p` 1.0 are off.
+    """How to choose tokens. `temperature` below 1e-5 is greedy; `top_k` None and `top_p` 1.0 are off.
 
     `seed` None draws a fresh one. `stop_token_ids` end a sequence beside the checkpoint's EOS ids, whose ids are
     not to be listed here; the token that ended a sequence is delivered. `ignore_eos` turns EOS off, for benchmarks.
@@ -53,17 +56,26 @@ class SamplingParams:
     stream: bool = True
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequest naming the field that is out of range."""
-        if self.max_tokens < 1:
-            raise InvalidRequest("max_tokens must be at least 1.", param="max_tokens")
-        if not 0.0 <= self.temperature <= 2.0:
+        """Raises InvalidRequest naming the field that is of another type or out of range."""
+        if not (_is_integer(self.max_tokens) and 1 <= self.max_tokens < 2**31):
+            raise InvalidRequest("max_tokens must be an integer from 1 to 2**31 - 1.", param="max_tokens")
+        if not (_is_number(self.temperature) and 0.0 <= self.temperature <= 2.0):
             raise InvalidRequest("temperature must be between 0 and 2.", param="temperature")
-        if self.top_k is not None and self.top_k < 1:
-            raise InvalidRequest("top_k must be at least 1.", param="top_k")
-        if not 0.0 < self.top_p <= 1.0:
+        if self.top_k is not None and not (_is_integer(self.top_k) and self.top_k >= 1):
+            raise InvalidRequest("top_k must be an integer, at least 1.", param="top_k")
+        if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InvalidRequest("top_p must be above 0 and at most 1.", param="top_p")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise InvalidRequest("seed must be between 0 and 2**63 - 1.", param="seed")
+        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):
+            raise InvalidRequest("seed must be an integer from 0 to 2**63 - 1.", param="seed")
+        if not isinstance(self.stop_token_ids, tuple) or len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids must be a list of at most {MAX_STOP_TOKEN_IDS} token ids.", param="stop_token_ids"
+            )
+        if not all(_is_integer(token) and 0 <= token < 2**31 for token in self.stop_token_ids):
+            raise InvalidRequest("stop_token_ids must be integers from 0 to 2**31 - 1.", param="stop_token_ids")
+        for name in ("ignore_eos", "stream"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(f"{name} must be true or false.", param=name)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -71,11 +83,14 @@ class SamplingParams:
     @classmethod
     def from_json(cls, text: str | bytes) -> SamplingParams:
         """Raises InvalidRequest for broken JSON, unknown fields and values out of range."""
+        if len(text) > MAX_SAMPLING_BYTES:
+            raise InvalidRequest(f"sampling may have at most {MAX_SAMPLING_BYTES} bytes.", param="sampling")
         try:
             fields = json.loads(text)
-            fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
+            if isinstance(fields.get("stop_token_ids"), list):
+                fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
             return cls(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InvalidRequest("sampling must be a JSON object of SamplingParams.", param="sampling") from error
 
 
@@ -142,3 +157,11 @@ class ValidRequest:
     image_keys: tuple[str, ...] = ()
     image_positions: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or isinstance(value, float)

@@ -26,7 +26,7 @@ class DecodeRows:
     """The chunks of one token: each row attends to the first `lengths` tokens of its blocks."""
 
     rows: Tensor  # int64 [B]
-    block_table: Tensor  # int64 [B, max blocks], padded with block 0
+    block_table: Tensor  # int64 [B, max blocks], padded with the row's own last block
     lengths: Tensor  # int64 [B]
 
 
@@ -43,17 +43,19 @@ class Batch:
     input_ids: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]
     slots: Tensor  # int64 [N], where each token's self-K/V goes: block * BLOCK_SIZE + offset
+    unwritten: Tensor  # int64 [n], slots behind the last token in the blocks that this step begins
     prefills: list[PrefillSpan]
     decodes: DecodeRows | None
     sight_groups: list[SightGroup]
     sees: Tensor  # bool [N, 1]
-    logits_rows: Tensor  # int64 [B'], rows whose logits are wanted, in the order of the chunks that sample
+    logits_rows: Tensor  # int64 [B], rows whose logits are wanted: the last of every chunk
 
 
 def make_batch(chunks: list[Chunk], device: torch.device) -> Batch:
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
+    unwritten: list[int] = []
     sees: list[bool] = []
     logits_rows: list[int] = []
     prefills: list[PrefillSpan] = []
@@ -75,25 +77,28 @@ def make_batch(chunks: list[Chunk], device: torch.device) -> Batch:
             decodes.append((row, blocks, length))
         else:
             prefills.append(PrefillSpan(row, chunk.count, length, torch.tensor(blocks, device=device)))
-        if chunk.samples:
-            logits_rows.append(length - chunk.start + row - 1)
+        if chunk.start <= (length - 1) // BLOCK_SIZE * BLOCK_SIZE:  # begins the block in which it ends
+            unwritten += range(slots[-1] + 1, (blocks[-1] + 1) * BLOCK_SIZE)
+        logits_rows.append(row + chunk.count - 1)
     return Batch(
         input_ids=torch.tensor(input_ids, device=device),
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor(slots, device=device),
+        unwritten=torch.tensor(unwritten, dtype=torch.int64, device=device),
         prefills=prefills,
         decodes=_decode_rows(decodes, device) if decodes else None,
         sight_groups=_sight_groups(rows_of_pages, device),
         sees=torch.tensor(sees, device=device)[:, None],
-        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        logits_rows=torch.tensor(logits_rows, device=device),
     )
 
 
 def _decode_rows(decodes: list[tuple[int, list[int], int]], device: torch.device) -> DecodeRows:
     width = max(len(blocks) for _, blocks, _ in decodes)
+    padded = [blocks + blocks[-1:] * (width - len(blocks)) for _, blocks, _ in decodes]  # nobody else's content
     return DecodeRows(
         rows=torch.tensor([row for row, _, _ in decodes], device=device),
-        block_table=torch.tensor([blocks + [0] * (width - len(blocks)) for _, blocks, _ in decodes], device=device),
+        block_table=torch.tensor(padded, device=device),
         lengths=torch.tensor([length for _, _, length in decodes], device=device),
     )
 

@@ -28,10 +28,12 @@ class ImagePages:
         width = config.num_kv_heads * config.head_width
         return 2 * len(config.layers) * config.num_latents * width * dtype.itemsize
 
-    def fill(self, pages: list[int], k: Tensor, v: Tensor) -> None:
-        """Write k and v [X, T, R, K, C] to T pages."""
-        self.k[:, pages] = k.to(self.k.dtype)
-        self.v[:, pages] = v.to(self.v.dtype)
+    def fill(self, pages: list[int], k: Tensor, v: Tensor) -> list[bool]:
+        """Write k and v [X, T, R, K, C] to T pages. Whether all numbers on each page are finite."""
+        self.k[:, pages] = k = k.to(self.k.dtype)
+        self.v[:, pages] = v = v.to(self.v.dtype)
+        finite = (k.isfinite() & v.isfinite()).transpose(0, 1).flatten(1).all(dim=1)  # (T,)
+        return [bool(page_is_finite) for page_is_finite in finite.tolist()]
 
     def attend(self, layer: int, q: Tensor, batch: Batch) -> Tensor:
         """q [N, H, C] -> [N, H*C]; 0 for tokens that see no picture."""

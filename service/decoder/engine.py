@@ -1,10 +1,12 @@
 """The decoder engine. One method is the machine: `step` = schedule -> run -> postprocess.
 
+A request that breaks a step fails alone (`isolation`): the others get the tokens that they would have got without it.
 Not thread-safe: one thread owns it (`loop.EngineLoop`). Knows nothing of Triton or HTTP.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ from service.decoder.image_kv_cache import ImageKVCache
 from service.decoder.kv_blocks import KVBlocks
 from service.decoder.model import Decoder
 from service.decoder.runner import Runner
-from service.decoder.scheduler import Chunk, Scheduler
+from service.decoder.scheduler import Chunk, Scheduler, Step
 from service.decoder.self_kv_cache import SelfKVCache
 from service.decoder.sequence import Sequence
 from service.decoder.settings import DTYPES, DecoderSettings
-from service.errors import CrossgateError, ImageNotResident, InvalidRequest
+from service.errors import CrossgateError, ImageNotResident, Internal, InvalidRequest
 from service.families.family import Family
+from service.isolation import Pulse, run_apart
+
+logger = logging.getLogger(__name__)
 
 Delivery = tuple[int, TokenEvent | CrossgateError]  # request id, and what to tell it
 
@@ -68,6 +73,7 @@ class Engine:
         self._page_bytes = ImagePages.page_bytes(config.cross_attention, dtype)
         self._sequences: dict[int, Sequence] = {}
         self._steps = 0
+        self._pulse = Pulse(self._probe)
 
     @classmethod
     def from_family(cls, family: Family, settings: DecoderSettings) -> Engine:
@@ -94,8 +100,10 @@ class Engine:
         )
         if missing:
             raise ImageNotResident("Pictures are not resident in the decoder.", keys=missing)
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        sequence = Sequence(request_id, request, sent, self.family.see, time.monotonic(), seed)
+        sampling = request.sampling
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        ends = frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else self.family.eos_token_ids)
+        sequence = Sequence(request_id, request, sent, self.family.see, time.monotonic(), seed, ends)
         self.scheduler.add(sequence)
         self._sequences[request_id] = sequence
 
@@ -120,15 +128,11 @@ class Engine:
         now_s = time.monotonic()
         for chunk in step.chunks:
             chunk.sequence.first_scheduled_s = chunk.sequence.first_scheduled_s or now_s
-        token_ids = iter(self.runner.run(step))
-        for chunk in step.chunks:
-            sampling = chunk.samples
-            self.scheduler.computed(chunk)
-            if sampling:
-                delivery = self._advance(chunk, next(token_ids))
-                if delivery is not None:
-                    deliveries.append(delivery)
+        token_ids = run_apart(lambda chunks: self.runner.run(step.only(chunks)), step.chunks)
+        settled = [self._settle(chunk, token_id) for chunk, token_id in zip(step.chunks, token_ids, strict=True)]
+        deliveries += [delivery for delivery in settled if delivery is not None]
         self._steps += 1
+        self._pulse.beat(not token_ids or any(token_id is not None for token_id in token_ids))
         return deliveries
 
     def stats(self) -> EngineStats:
@@ -149,9 +153,25 @@ class Engine:
             steps=self._steps,
         )
 
+    def _settle(self, chunk: Chunk, token_id: int | None) -> Delivery | None:
+        """What a chunk's request is told, if anything. `token_id` None: the chunk failed, and with it its request."""
+        sequence = chunk.sequence
+        if token_id is not None:
+            try:
+                return self._advance(chunk, token_id)
+            except Exception:
+                logger.exception("a sequence could not go on")
+        self.scheduler.remove(sequence)
+        self._sequences.pop(sequence.request_id, None)
+        return sequence.request_id, Internal("The decoder failed.")
+
     def _advance(self, chunk: Chunk, token_id: int) -> Delivery | None:
-        """Append a sequence's new token; tell its request, and end it if this was its last."""
+        """Count a chunk, append its sequence's new token; tell its request, and end it if this was its last."""
         sequence, now_s = chunk.sequence, time.monotonic()
+        samples = chunk.samples
+        self.scheduler.computed(chunk)
+        if not samples:
+            return None
         sequence.append(token_id)
         sequence.first_token_s = sequence.first_token_s or now_s
         reason = self._finish_reason(sequence, token_id)
@@ -165,40 +185,58 @@ class Engine:
         return sequence.request_id, TokenEvent(token_ids, reason, sequence.usage(), sequence.timings(now_s))
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.sampling
-        if token_id in sampling.stop_token_ids:
+        if token_id in sequence.stop_token_ids:
             return FinishReason.STOP
-        if token_id in self.family.eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if sequence.num_generated >= sampling.max_tokens:
+        if sequence.num_generated >= sequence.sampling.max_tokens:
             return FinishReason.LENGTH
         if len(sequence.token_ids) >= self.family.decoder.max_positions:
             return FinishReason.LENGTH
         return None
+
+    def _probe(self) -> bool:
+        """Whether a step of one token works. Takes a block for it; without one it does not know, and says yes."""
+        if self.scheduler.blocks.num_free == 0:
+            return True
+        nobody = -1  # requests count from 0
+        sequence = Sequence(nobody, ValidRequest((0,)), {}, self.family.see, time.monotonic(), 0)
+        sequence.block_table = self.scheduler.blocks.allocate(1)
+        try:
+            return self.runner.run(Step([Chunk(sequence, 0, 1)])) != [None]
+        finally:
+            self.scheduler.blocks.release(sequence.block_table)
 
     def _check(self, request: ValidRequest, latents: Tensor | None, latent_index: list[int]) -> dict[str, Tensor]:
         """Refuse what the stage's contract does not allow; returns the latents sent, by key."""
         config = self.family.decoder
         if not request.input_ids:
             raise InvalidRequest("input_ids must hold at least one token.", param="input_ids")
-        if not all(0 <= token < config.vocab_size for token in request.input_ids):
-            raise InvalidRequest(f"input_ids must be from 0 to {config.vocab_size - 1}.", param="input_ids")
-        if len(request.input_ids) >= config.max_positions:
+        if len(request.input_ids) >= config.max_positions:  # lengths first: content takes time
             raise InvalidRequest(
                 f"The prompt has {len(request.input_ids)} tokens; with one more to generate, at most "
                 f"{config.max_positions} fit the model's context.",
                 param="input_ids",
             )
+        if min(request.input_ids) < 0 or max(request.input_ids) >= config.vocab_size:
+            raise InvalidRequest(f"input_ids must be from 0 to {config.vocab_size - 1}.", param="input_ids")
+        if any(token >= config.vocab_size for token in request.sampling.stop_token_ids):
+            raise InvalidRequest(f"stop_token_ids must be from 0 to {config.vocab_size - 1}.", param="stop_token_ids")
         positions = request.image_positions
         if len(positions) != len(request.image_keys):
             raise InvalidRequest("image_positions and image_keys must have the same length.", param="image_positions")
+        if len(positions) > len(request.input_ids):
+            raise InvalidRequest("There are more pictures than tokens in the prompt.", param="image_positions")
         if list(positions) != sorted(set(positions)) or not all(0 <= p < len(request.input_ids) for p in positions):
             raise InvalidRequest("image_positions must ascend within the prompt.", param="image_positions")
         if latents is None:
             return {}
-        expected = (config.cross_attention.num_latents, config.cross_attention.vision_width)
-        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected or len(latent_index) != latents.shape[0]:
-            raise InvalidRequest(f"latents must be [len(latent_index), {expected[0]}, {expected[1]}].", param="latents")
+        num_latents, width = config.cross_attention.num_latents, config.cross_attention.vision_width
+        if tuple(latents.shape) != (len(latent_index), num_latents, width):
+            raise InvalidRequest(f"latents must be [len(latent_index), {num_latents}, {width}].", param="latents")
+        if len(latent_index) > len(request.image_keys):
+            raise InvalidRequest("latents must be of pictures of the request, each once.", param="latents")
         if not all(0 <= index < len(request.image_keys) for index in latent_index):
             raise InvalidRequest("latent_index must name pictures of the request.", param="latent_index")
+        latents = latents.to(self.runner.dtype)
+        if not latents.isfinite().all():
+            raise InvalidRequest("latents must be finite numbers, as the decoder computes with them.", param="latents")
         return {request.image_keys[index]: latents[row] for row, index in enumerate(latent_index)}

@@ -1,11 +1,14 @@
 """The thread that owns the engine: takes requests and cancels from other threads, steps while there is work.
 
-Idle, it sleeps on a condition and uses no processor time.
+Idle, it sleeps on a condition and uses no processor time. What goes wrong about one request ends that request. Where
+the loop itself cannot go on, or no computation works any more, everybody is told and the process ends: whoever
+supervises it starts it anew, and a process that answers nothing but errors is worse than none.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +19,10 @@ from torch import Tensor
 from service.contract import TokenEvent, ValidRequest
 from service.decoder.engine import Engine, EngineStats
 from service.errors import CrossgateError, Internal, Unavailable
+from service.isolation import Broken, is_sticky
 
 logger = logging.getLogger(__name__)
+MAX_FAILED_STEPS = 3  # in a row, each of them as a whole
 CANCEL_POLL_S = 0.01  # asking is_cancelled takes a call into Triton per request
 
 Deliver = Callable[[TokenEvent | CrossgateError | None], None]
@@ -32,20 +37,40 @@ class _Submission:
     is_cancelled: Callable[[], bool]
 
 
-class EngineLoop:
-    """`on_step` is called from the loop's thread after each step and when the loop falls idle."""
+def end_process() -> None:
+    """At once, since a thread cannot raise SystemExit for the process, and a sick accelerator may hang its exit."""
+    os._exit(1)
 
-    def __init__(self, engine: Engine, on_step: Callable[[EngineStats], None] = lambda stats: None) -> None:
+
+class EngineLoop:
+    """`on_step` is called from the loop's thread after each step and when the loop falls idle.
+
+    `end` is called from the loop's thread, last of all, when this process is of no more use.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_step: Callable[[EngineStats], None] = lambda stats: None,
+        end: Callable[[], None] = end_process,
+    ) -> None:
         self._engine = engine
         self._on_step = on_step
+        self._end = end
         self._wake = threading.Condition()
         self._submitted: list[_Submission] = []
         self._live: dict[int, _Submission] = {}
         self._next_id = 0
+        self._num_failed_steps = 0
         self._last_poll_s = 0.0
-        self._closing = False
+        self._refusal: str | None = None  # why nothing is taken any more
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken and answered. For any thread; asks nobody."""
+        return self._refusal is None and self._thread.is_alive()
 
     def submit(
         self,
@@ -61,11 +86,12 @@ class EngineLoop:
         CrossgateError, or None if the request was cancelled.
         """
         with self._wake:
-            if not self._closing:
+            refusal = self._refusal
+            if refusal is None:
                 self._submitted.append(_Submission(request, latents, latent_index, deliver, is_cancelled))
                 self._wake.notify()
                 return
-        deliver(Unavailable("The decoder is shutting down."))
+        deliver(Unavailable(refusal, retry_after_s=5))
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -73,35 +99,61 @@ class EngineLoop:
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop stepping; requests under way are told Unavailable."""
         with self._wake:
-            self._closing = True
+            self._refusal = self._refusal or "The decoder is shutting down."
             self._wake.notify()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._submitted or self._live or self._closing):
-                    self._wake.wait()
-                if self._closing:
-                    break
-                submitted, self._submitted = self._submitted, []
-            for submission in submitted:
-                self._add(submission)
-            self._cancel()
-            if self._engine.has_work:
-                self._step()
-            self._on_step(self._engine.stats())
-        for submission in [*self._live.values(), *self._submitted]:
-            submission.deliver(Unavailable("The decoder is shutting down."))
+        try:
+            while self._wait():
+                self._turn()
+        except BaseException as error:
+            logger.critical("the decoder cannot go on; its process ends: %r", error, exc_info=True)
+            self._leave("The decoder failed and is started anew.")
+            self._end()
+        else:
+            self._leave("The decoder is shutting down.")
 
-    def _add(self, submission: _Submission) -> None:
-        request_id, self._next_id = self._next_id, self._next_id + 1
+    def _wait(self) -> bool:
+        """Sleep until there is something to do. False: closing."""
+        with self._wake:
+            while not (self._submitted or self._live or self._refusal):
+                self._wake.wait()
+            return self._refusal is None
+
+    def _turn(self) -> None:
+        with self._wake:
+            submitted = dict(enumerate(self._submitted, self._next_id))
+            self._submitted = []
+        self._next_id += len(submitted)
+        self._live |= submitted  # at once: whatever happens now, all of them are told
+        for request_id, submission in submitted.items():
+            self._add(request_id, submission)
+        self._cancel()
+        if self._engine.has_work:
+            self._step()
+        try:
+            self._on_step(self._engine.stats())
+        except Exception:
+            logger.exception("a step was not reported")
+
+    def _leave(self, refusal: str) -> None:
+        """Take nothing any more, and tell all that is there."""
+        with self._wake:
+            self._refusal = refusal
+            submitted, self._submitted = self._submitted, []
+        for submission in [*self._live.values(), *submitted]:
+            self._deliver(submission, Unavailable(refusal, retry_after_s=5))
+        self._live = {}
+
+    def _add(self, request_id: int, submission: _Submission) -> None:
         try:
             self._engine.add(request_id, submission.request, submission.latents, submission.latent_index)
         except CrossgateError as error:
-            submission.deliver(error)
-        else:
-            self._live[request_id] = submission
+            self._drop(request_id, error)
+        except Exception:
+            logger.exception("a request was not added")
+            self._drop(request_id, Internal("The decoder failed."))
 
     def _cancel(self) -> None:
         now_s = time.monotonic()
@@ -109,22 +161,43 @@ class EngineLoop:
             return
         self._last_poll_s = now_s
         for request_id, submission in list(self._live.items()):
-            if submission.is_cancelled():
-                self._engine.cancel(request_id)
-                self._live.pop(request_id).deliver(None)
+            try:
+                is_cancelled = submission.is_cancelled()
+            except Exception:
+                logger.exception("a request cannot say whether it was cancelled")
+                self._drop(request_id, Internal("The decoder failed."))
+            else:
+                if is_cancelled:
+                    self._drop(request_id, None)
 
     def _step(self) -> None:
         try:
             deliveries = self._engine.step()
-        except Exception:  # a broken step must not end the thread: every request under way is told, and freed
+        except Exception as error:  # no single request's: the engine sorts those out
+            self._num_failed_steps += 1
+            if isinstance(error, Broken) or is_sticky(error) or self._num_failed_steps == MAX_FAILED_STEPS:
+                raise
             logger.exception("a decoder step failed; its requests are dropped")
-            for request_id, submission in self._live.items():
-                self._engine.cancel(request_id)
-                submission.deliver(Internal("The decoder failed."))
-            self._live = {}
+            for request_id in list(self._live):
+                self._drop(request_id, Internal("The decoder failed."))
             return
+        self._num_failed_steps = 0
         for request_id, event in deliveries:
-            submission = self._live[request_id]
             if isinstance(event, CrossgateError) or event.finish_reason is not None:
-                del self._live[request_id]
+                self._deliver(self._live.pop(request_id), event)
+            elif not self._deliver(self._live[request_id], event):
+                self._drop(request_id, Internal("The decoder failed."))
+
+    def _drop(self, request_id: int, reason: CrossgateError | None) -> None:
+        """End a request in whatever state it is."""
+        self._engine.cancel(request_id)
+        self._deliver(self._live.pop(request_id), reason)
+
+    def _deliver(self, submission: _Submission, event: TokenEvent | CrossgateError | None) -> bool:
+        """Whether it arrived. That it did not is this request's misfortune alone."""
+        try:
             submission.deliver(event)
+        except Exception:
+            logger.exception("an answer was not delivered")
+            return False
+        return True

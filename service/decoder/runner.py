@@ -20,22 +20,39 @@ class Runner:
         self.dtype = next(model.parameters()).dtype
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[int]:
-        """Compute a step; returns the next token of each chunk that samples, in order."""
-        if step.image_fills:
-            pages = [page for page, _ in step.image_fills]
-            latents = torch.stack([latents for _, latents in step.image_fills])  # (T, R, E)
-            self.image_pages.fill(pages, *self.model.project_image(latents.to(self.device, self.dtype)))
+    def run(self, step: Step) -> list[int | None]:
+        """Compute a step; returns the token that follows each chunk, in order.
+
+        None: a chunk that came to numbers that are not finite, or whose sequence has a picture that did. It shows in
+        the chunk's last token, which attends to all others of its sequence. May be run again, whole or in parts.
+        """
+        broken_pages = self._fill(step)
         if not step.chunks:
             return []
-        logits = self.logits(make_batch(step.chunks, self.device))
-        return sample(logits, [chunk.sequence for chunk in step.chunks if chunk.samples])
+        batch = make_batch(step.chunks, self.device)
+        self.self_kv.clear(batch)
+        logits = self.logits(batch)
+        tokens = sample(logits, [chunk.sequence for chunk in step.chunks])
+        finite = logits.sum(dim=-1).isfinite().tolist()
+        return [
+            token if fine and broken_pages.isdisjoint(chunk.sequence.image_pages.values()) else None
+            for chunk, token, fine in zip(step.chunks, tokens, finite, strict=True)
+        ]
 
     def logits(self, batch: Batch) -> Tensor:
-        """Fp32 logits [B', V] of the rows that a batch wants."""
+        """Fp32 logits [B, V] of the rows that a batch wants."""
         attention = PagedAttention(self.self_kv, self.image_pages, batch)
         hidden = self.model(batch.input_ids, batch.positions, attention)
         return self.model.logits(hidden[batch.logits_rows])
+
+    def _fill(self, step: Step) -> set[int]:
+        """Put a step's new pictures onto their pages; returns the pages whose K or V is not finite."""
+        if not step.image_fills:
+            return set()
+        pages = [page for page, _ in step.image_fills]
+        latents = torch.stack([latents for _, latents in step.image_fills])  # (T, R, E)
+        finite = self.image_pages.fill(pages, *self.model.project_image(latents.to(self.device, self.dtype)))
+        return {page for page, fine in zip(pages, finite, strict=True) if not fine}
 
 
 class PagedAttention:

@@ -2,9 +2,13 @@
 
 First come, first served. A step has a token budget: decodes take theirs first, so that a long prompt, cut into chunks,
 never stalls anybody's tokens; what is left goes to prompts under way, then to newcomers. When self-K/V blocks run out,
-the youngest running sequence gives its blocks up and is computed again later. It keeps its pictures' pages, since
-their latents are gone. Nobody is starved: the running are always older than the waiting, and the oldest can always
-finish, because a request that could never fit is refused at once.
+the sequence that was admitted last gives its blocks up and is computed again later, before all others that wait. It
+keeps its pictures' pages, since their latents are gone.
+
+A newcomer that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
+times; then everybody behind it waits with it. So nobody is starved: the sequence admitted first can always finish,
+because one that could never fit is refused at once and it may take everybody else's blocks; those put back are first
+in the queue, where nobody passes them, and finish next; and then a newcomer finds all that it needs.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from service.decoder.image_kv_cache import ImageKVCache
 from service.decoder.kv_blocks import BLOCK_SIZE, KVBlocks
 from service.decoder.sequence import Sequence
 from service.errors import Overloaded, TooLarge
+
+LOOK_AHEAD = 64  # newcomers without a place that one step looks past
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,25 @@ class Step:
     image_fills: list[tuple[int, Any]] = field(default_factory=list)  # page, latents: before the chunks are computed
     lost_images: list[tuple[Sequence, tuple[str, ...]]] = field(default_factory=list)  # evicted while waiting
 
+    def only(self, chunks: list[Chunk]) -> Step:
+        """These chunks of it, with what they need."""
+        pages = {page for chunk in chunks for page in chunk.sequence.image_pages.values()}
+        return Step(chunks, [(page, latents) for page, latents in self.image_fills if page in pages])
+
 
 class Scheduler:
     def __init__(
-        self, blocks: KVBlocks, images: ImageKVCache, max_running: int, max_waiting: int, max_step_tokens: int
+        self,
+        blocks: KVBlocks,
+        images: ImageKVCache,
+        max_running: int,
+        max_waiting: int,
+        max_step_tokens: int,
+        max_overtaken: int = 64,
     ) -> None:
         self.blocks, self.images = blocks, images
         self.max_running, self.max_waiting, self.max_step_tokens = max_running, max_waiting, max_step_tokens
+        self.max_overtaken = max_overtaken
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -72,20 +90,17 @@ class Scheduler:
     def schedule(self) -> Step:
         step = Step()
         budget = self._schedule_running(step)
-        while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            count = self._admit(self.waiting[0], budget, step)
-            if count is None:
-                break
-            sequence = self.waiting.popleft()
-            if count > 0:
-                self.running.append(sequence)
-                step.chunks.append(Chunk(sequence, sequence.num_computed, count))
-                budget -= count
+        self._schedule_waiting(step, budget)
         return step
 
     def computed(self, chunk: Chunk) -> None:
-        """A chunk's self-K/V is in its blocks: count it, and publish the blocks that it filled."""
+        """A chunk's self-K/V is in its blocks, its pictures on their pages: count it, and publish what is complete.
+
+        Not to be called for a chunk that failed: nothing of it is published.
+        """
         sequence = chunk.sequence
+        for key in sequence.image_pages:
+            self.images.filled(key)
         sequence.num_computed = chunk.start + chunk.count
         num_full = sequence.num_computed // BLOCK_SIZE
         hashes = sequence.block_hashes(num_full)
@@ -120,6 +135,32 @@ class Scheduler:
                 budget -= count
         return budget
 
+    def _schedule_waiting(self, step: Step, budget: int) -> None:
+        """Chunks of newcomers, in their order but for those without a place that are passed."""
+        passed: list[Sequence] = []
+        for sequence in tuple(self.waiting):
+            if budget == 0 or len(self.running) == self.max_running or self.blocks.num_free == 0:
+                break
+            count = self._admit(sequence, budget, step)
+            if count is None:
+                passed.append(sequence)
+                if not self._may_be_overtaken(sequence) or len(passed) == LOOK_AHEAD:
+                    break
+                continue
+            self.waiting.remove(sequence)
+            if count == 0:
+                continue
+            self.running.append(sequence)
+            step.chunks.append(Chunk(sequence, sequence.num_computed, count))
+            budget -= count
+            for other in passed:
+                other.num_overtaken += 1
+            if not all(map(self._may_be_overtaken, passed)):
+                break
+
+    def _may_be_overtaken(self, sequence: Sequence) -> bool:
+        return not sequence.was_preempted and sequence.num_overtaken < self.max_overtaken
+
     def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
         """Blocks for `count` more tokens, taken from younger sequences if need be. False: itself was preempted."""
         needed = num_blocks(sequence.num_computed + count) - len(sequence.block_table)
@@ -136,15 +177,16 @@ class Scheduler:
         self.running.remove(victim)
         step.chunks = [chunk for chunk in step.chunks if chunk.sequence is not victim]
         self._release_blocks(victim)
-        self.waiting.appendleft(victim)
+        victim.was_preempted = True
+        self.waiting.appendleft(victim)  # before all who wait for pages, since it holds some
         self.num_preemptions += 1
 
     def _admit(self, sequence: Sequence, budget: int, step: Step) -> int | None:
-        """Give the first of the waiting what it needs to start; returns how many tokens to compute.
+        """Give one of the waiting what it needs to start; returns how many tokens to compute.
 
         None: not yet, and nothing was taken. 0: never, its pictures were evicted while it waited.
         """
-        missing = [key for key in sequence.distinct_keys if key not in self.images and key not in sequence.image_pages]
+        missing = [key for key in sequence.distinct_keys if not self.images.has_page(key)]
         lost = tuple(key for key in missing if key not in sequence.latents)
         if lost:
             step.lost_images.append((sequence, lost))
@@ -172,17 +214,17 @@ class Scheduler:
     def _hold_images(self, sequence: Sequence, missing: list[str], step: Step) -> None:
         if sequence.image_pages or not sequence.image_keys:
             return  # kept through a preemption, or none
-        resident = [key for key in sequence.distinct_keys if key not in missing]
-        for key in resident:  # before any insert, which might evict them
+        present = [key for key in sequence.distinct_keys if key not in missing]
+        for key in present:  # before any insert, which might evict them
             sequence.image_pages[key] = self.images.hold(key)
         for key in missing:
             page = self.images.insert(key)
             sequence.image_pages[key] = page
             step.image_fills.append((page, sequence.latents[key]))
         sequence.latents = {}
-        sequence.num_cached_images = len(resident)
+        sequence.num_cached_images = len(present)
         self.num_image_queries += len(sequence.distinct_keys)
-        self.num_image_hits += len(resident)
+        self.num_image_hits += len(present)
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)

@@ -19,12 +19,21 @@ from service.families.family import DecoderConfig
 class SelfKVCache:
     def __init__(self, config: DecoderConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.num_layers, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_width)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: memory that was not written is not NaN
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     @staticmethod
     def block_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
         return 2 * config.num_layers * BLOCK_SIZE * config.num_kv_heads * config.head_width * dtype.itemsize
+
+    def clear(self, batch: Batch) -> None:
+        """Before a step: no block that it begins shows what its last owner left in it.
+
+        A mask does not do that: a NaN, and in V an infinity, goes through it as 0 times itself.
+        """
+        if len(batch.unwritten) > 0:
+            self.k.flatten(1, 2).index_fill_(1, batch.unwritten, 0)
+            self.v.flatten(1, 2).index_fill_(1, batch.unwritten, 0)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Store k and v [N, K, C] of a step's tokens, then attend: q [N, H, C] -> [N, H*C]."""
@@ -56,7 +65,10 @@ def _prefill(q: Tensor, k_layer: Tensor, v_layer: Tensor, span: PrefillSpan) -> 
 
 
 def _decode(q: Tensor, k_layer: Tensor, v_layer: Tensor, decodes: DecodeRows) -> Tensor:
-    """q [B, H, C] -> [B, H, C]; one padded call for all of them, the padding masked."""
+    """q [B, H, C] -> [B, H, C]; one padded call for all of them, the padding masked.
+
+    What is masked is the row's own or 0: see `SelfKVCache.clear` and `DecodeRows.block_table`.
+    """
     k = k_layer[decodes.block_table].flatten(1, 2).transpose(1, 2)  # (B, K, max length, C)
     v = v_layer[decodes.block_table].flatten(1, 2).transpose(1, 2)
     grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, C)

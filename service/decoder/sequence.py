@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from service.contract import FinishReason, SamplingParams, Timings, Usage, ValidRequest
+from service.contract import SamplingParams, Timings, Usage, ValidRequest
 from service.decoder.kv_blocks import BLOCK_SIZE, hash_block
 from service.families.family import Sight, sights
 
@@ -16,15 +16,23 @@ class Sequence:
     """`latents[key]`: what its pictures look like, for those sent along; dropped once they are on pages.
 
     Every token at an index below `num_computed` has its self-K/V in `block_table`. A sequence is decoding when just
-    its newest token is not computed yet.
+    its newest token is not computed yet. `stop_token_ids`: those that end it, EOS included.
     """
 
     def __init__(
-        self, request_id: int, request: ValidRequest, latents: dict[str, Any], see: See, arrival_s: float, seed: int
+        self,
+        request_id: int,
+        request: ValidRequest,
+        latents: dict[str, Any],
+        see: See,
+        arrival_s: float,
+        seed: int,
+        stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request_id = request_id
         self.sampling: SamplingParams = request.sampling
         self.seed = seed
+        self.stop_token_ids = stop_token_ids
         self.token_ids = list(request.input_ids)
         self.num_prompt_tokens = len(request.input_ids)
         self.image_keys = request.image_keys
@@ -33,7 +41,8 @@ class Sequence:
         self.block_table: list[int] = []
         self.num_computed = 0
         self.num_published = 0  # blocks of the table that others can find
-        self.finish_reason: FinishReason | None = None
+        self.num_overtaken = 0  # by later ones, while it waited for a place
+        self.was_preempted = False
         self.unsent: list[int] = []  # tokens not delivered yet
         self._see = see
         self._sights = sights(see, request.input_ids, request.image_positions)

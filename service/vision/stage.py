@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoint import load_weights
+from service.errors import CrossgateError, Internal, InvalidRequest
 from service.families.family import EncoderConfig, Family, VisionConfig
+from service.isolation import Pulse, run_apart
 from service.vision.efficientnet import EfficientNetLite
 from service.vision.resampler import PerceiverResampler
 from service.vision.vit import VisionTransformer
@@ -36,6 +38,7 @@ class VisionStage:
     def __init__(self, family: Family, device: str, dtype: str) -> None:
         """Loads the weights. Raises InvalidRequest, in one line, for a checkpoint that does not fit."""
         encoder = family.vision.encoder
+        self.pixels_shape = (3, encoder.image_size, encoder.image_size)
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         with torch.device("meta"):
             model = VisionModel(family.vision)
@@ -44,6 +47,18 @@ class VisionStage:
         self.latents_dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self._mean = torch.tensor(encoder.mean, device=self.device)[:, None, None]
         self._std = torch.tensor(encoder.std, device=self.device)[:, None, None]
+        self._pulse = Pulse(self._probe)
+
+    def encode_each(self, requests: list[Tensor]) -> list[Tensor | CrossgateError]:
+        """Pixels [B, 3, H, W] of each request -> its latents [B, R, E] on the CPU, computed together.
+
+        A request that fails, or whose latents are not finite, fails alone. Raises Broken if nothing works any more.
+        """
+        fitting = [pixels for pixels in requests if self._fits(pixels)]
+        computed = run_apart(self._encode_together, fitting)
+        self._pulse.beat(not fitting or any(latents is not None for latents in computed))
+        of_fitting = iter(computed)
+        return [self._result(next(of_fitting)) if self._fits(pixels) else self._misfit() for pixels in requests]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -52,6 +67,23 @@ class VisionStage:
         normalised = normalised.to(self.dtype).contiguous(memory_format=torch.channels_last)  # faster convolutions
         latents: Tensor = self.model(normalised)
         return latents.to(self.latents_dtype)
+
+    def _encode_together(self, requests: list[Tensor]) -> list[Tensor | None]:
+        latents = self.encode(torch.cat(requests)).cpu()  # (sum of B, R, E)
+        return [part if part.isfinite().all() else None for part in latents.split([len(part) for part in requests])]
+
+    def _fits(self, pixels: Tensor) -> bool:
+        return pixels.dtype == torch.uint8 and tuple(pixels.shape[1:]) == self.pixels_shape
+
+    def _misfit(self) -> InvalidRequest:
+        return InvalidRequest(f"pixels must be uint8 [B, {', '.join(map(str, self.pixels_shape))}].", param="pixels")
+
+    @staticmethod
+    def _result(latents: Tensor | None) -> Tensor | CrossgateError:
+        return Internal("The vision encoder failed.") if latents is None else latents
+
+    def _probe(self) -> bool:
+        return self._encode_together([torch.zeros(1, *self.pixels_shape, dtype=torch.uint8)]) != [None]
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:

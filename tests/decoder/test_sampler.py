@@ -55,3 +55,29 @@ def test_greedy_and_random_rows_share_a_batch() -> None:
     top_one = Sequence(1, ValidRequest((1,), sampling=SamplingParams(temperature=1.0, top_k=1)), {}, see, 0.0, 2)
     logits = torch.tensor(np.stack([LOGITS, LOGITS[::-1].copy()]), dtype=torch.float32)
     assert sample(logits, [greedy, top_one]) == [0, 7]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-20, 1e-5, 1e-4, 2.0])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (2**63, 5e-324), (1, 1e-300), (3, 0.5)])
+def test_every_legal_parameter_gives_a_token_of_the_vocabulary(
+    temperature: float, scale: float, top_k: int | None, top_p: float
+) -> None:
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    sequence = Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, 2**63 - 1)
+    (token,) = sample(torch.tensor(LOGITS, dtype=torch.float32)[None] * scale, [sequence])
+    assert 0 <= token < len(LOGITS)
+    if temperature < 1e-4 * scale or top_p < 1e-200:
+        assert token == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_changes_no_other_row(value: float, temperature: float) -> None:
+    sampling = SamplingParams(temperature=temperature, top_p=0.9)
+    sequences = [Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, seed) for seed in range(9)]
+    logits = torch.tensor(LOGITS, dtype=torch.float32).repeat(9, 1)
+    alone = sample(logits, sequences)
+    logits[4] = value
+    got = sample(logits, sequences)
+    assert got[:4] + got[5:] == alone[:4] + alone[5:]

@@ -17,8 +17,10 @@ from service.errors import Overloaded, TooLarge
 from service.families.flamingo import see
 
 
-def make_scheduler(num_blocks: int = 12, num_pages: int = 3, max_running: int = 4, budget: int = 24) -> Scheduler:
-    return Scheduler(KVBlocks(num_blocks), ImageKVCache(num_pages), max_running, 100, budget)
+def make_scheduler(
+    num_blocks: int = 12, num_pages: int = 3, max_running: int = 4, budget: int = 24, max_overtaken: int = 64
+) -> Scheduler:
+    return Scheduler(KVBlocks(num_blocks), ImageKVCache(num_pages), max_running, 100, budget, max_overtaken)
 
 
 def make_sequence(request_id: int, num_tokens: int, keys: tuple[str, ...] = (), max_tokens: int = 8) -> Sequence:
@@ -37,9 +39,17 @@ class Machine:
         self.generated: dict[int, int] = {}
         self.finished: list[int] = []
         self.lost: list[int] = []
+        self.started: set[int] = set()
+        self.overtaken: dict[int, int] = {}  # how many that came later started before it
 
     def step(self) -> Step:
         step = self.scheduler.schedule()
+        for sequence in self.scheduler.running:
+            if sequence.request_id not in self.started:
+                self.started.add(sequence.request_id)
+                for other in self.scheduler.waiting:
+                    if other.request_id < sequence.request_id and other.request_id not in self.started:
+                        self.overtaken[other.request_id] = self.overtaken.get(other.request_id, 0) + 1
         for sequence, _ in step.lost_images:
             self.lost.append(sequence.request_id)
         for page, key in step.image_fills:
@@ -100,8 +110,11 @@ class Machine:
                 held[key] = held.get(key, 0) + 1
         assert all(scheduler.images.refcount(key) == count for key, count in held.items())
         assert scheduler.images.num_held == len(held)
-        arrivals = [sequence.request_id for sequence in (*scheduler.running, *scheduler.waiting)]
-        assert arrivals == sorted(arrivals), "the running are older than the waiting"
+        newcomers = [sequence.request_id for sequence in scheduler.waiting if sequence.request_id not in self.started]
+        assert newcomers == sorted(newcomers), "the queue keeps its order"
+        waiting = [sequence.request_id in self.started for sequence in scheduler.waiting]
+        assert waiting == sorted(waiting, reverse=True), "who was put back is first in the queue"
+        assert all(count <= scheduler.max_overtaken for count in self.overtaken.values())
 
 
 requests = st.tuples(
@@ -114,11 +127,21 @@ requests = st.tuples(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=12), st.integers(8, 16), st.integers(3, 5), st.integers(5, 40))
+@given(
+    st.lists(requests, min_size=1, max_size=12),
+    st.integers(8, 16),
+    st.integers(3, 5),
+    st.integers(5, 40),
+    st.integers(0, 4),
+)
 def test_every_request_ends_exactly_once_and_everything_is_returned(
-    arrivals: list[tuple[int, tuple[str, ...], int, int, int | None]], num_blocks: int, num_pages: int, budget: int
+    arrivals: list[tuple[int, tuple[str, ...], int, int, int | None]],
+    num_blocks: int,
+    num_pages: int,
+    budget: int,
+    max_overtaken: int,
 ) -> None:
-    machine = Machine(make_scheduler(num_blocks, num_pages, budget=budget))
+    machine = Machine(make_scheduler(num_blocks, num_pages, budget=budget, max_overtaken=max_overtaken))
     scheduler = machine.scheduler
     schedule: list[tuple[int, Sequence, int | None]] = []
     now, expected, cancelled = 0, [], []
@@ -149,6 +172,63 @@ def test_every_request_ends_exactly_once_and_everything_is_returned(
     assert machine.lost == [], "every request brought its latents"
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
     assert scheduler.images.num_held == 0
+
+
+def test_text_goes_ahead_of_requests_that_find_no_page_in_the_step_in_which_it_comes() -> None:
+    machine = Machine(make_scheduler(num_blocks=1000, num_pages=1, max_running=32, budget=512))
+    machine.scheduler.add(make_sequence(0, 20, ("a",), max_tokens=400))
+    machine.step()
+    for request_id in range(1, 31):
+        machine.scheduler.add(make_sequence(request_id, 20, ("b",), max_tokens=4))
+    machine.scheduler.add(make_sequence(31, 20, max_tokens=1))
+    machine.step()
+    assert machine.finished == [31]
+
+
+def test_a_picture_that_is_resident_goes_ahead_of_one_that_finds_no_page() -> None:
+    machine = Machine(make_scheduler(num_blocks=100, num_pages=1, budget=512))
+    machine.scheduler.add(make_sequence(0, 20, ("a",), max_tokens=100))
+    machine.step()
+    machine.scheduler.add(make_sequence(1, 20, ("b",), max_tokens=4))
+    machine.scheduler.add(make_sequence(2, 20, ("a",), max_tokens=1))
+    machine.step()
+    assert machine.finished == [2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 6), st.integers(1, 4), st.lists(st.sampled_from(["", "hot", "own"]), min_size=1, max_size=6))
+def test_no_stream_of_later_requests_starves_one_that_needs_every_page(
+    max_overtaken: int, num_pages: int, kinds: list[str]
+) -> None:
+    """Later ones keep coming as long as it waits: text, questions about a hot picture, and about ever new pictures."""
+    machine = Machine(make_scheduler(60, num_pages, max_running=8, budget=64, max_overtaken=max_overtaken))
+    scheduler = machine.scheduler
+    scheduler.add(make_sequence(0, 20, ("hot",), max_tokens=30))
+    machine.step()
+    scheduler.add(make_sequence(1, 20, tuple(f"big{number}" for number in range(num_pages)), max_tokens=5))
+    for number in range(2, 1000):
+        if 1 in machine.finished:
+            break
+        kind = kinds[number % len(kinds)]
+        if len(scheduler.waiting) < 20:
+            keys = {"": (), "hot": ("hot",), "own": (f"own{number}",)}[kind]
+            scheduler.add(make_sequence(number, 20, keys, max_tokens=12))
+        machine.step()
+    assert 1 in machine.finished
+    assert machine.overtaken.get(1, 0) <= max_overtaken
+
+
+def test_nobody_passes_one_that_was_put_back_for_want_of_blocks() -> None:
+    machine = Machine(make_scheduler(num_blocks=5, budget=64))
+    machine.scheduler.add(make_sequence(0, 30, ("a",), max_tokens=30))
+    machine.scheduler.add(make_sequence(1, 30, ("b",), max_tokens=30))
+    while machine.scheduler.num_preemptions == 0:
+        machine.step()
+    machine.scheduler.add(make_sequence(2, 4, max_tokens=1))
+    while 1 in [sequence.request_id for sequence in machine.scheduler.waiting]:
+        assert 2 not in machine.started
+        machine.step()
+    assert 0 in machine.finished
 
 
 def test_decodes_go_before_a_long_prompt() -> None:

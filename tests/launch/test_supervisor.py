@@ -98,16 +98,25 @@ def test_the_pause_before_a_restart_grows(tmp_path: Path) -> None:
     assert pauses == [0.01, 0.02, 0.04]
 
 
-def test_the_end_of_a_member_restarts_its_service(tmp_path: Path) -> None:
-    member = subprocess.Popen(SLEEP)
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_the_end_of_a_member_restarts_its_service(tmp_path: Path, by_itself: bool) -> None:
+    command = [sys.executable, "-c", "import os, sys; sys.stdin.read(); os._exit(1)"]
+    member = subprocess.Popen(command, stdin=subprocess.PIPE)
     service = make_service("a", tmp_path, members=lambda child: [member.pid] if member.poll() is None else [])
     supervisor = Supervisor([service], lambda line: None)
     with supervisor.running():
         supervisor.wait_until_ready()
         first = pid_of(service)
-        member.kill()
+        if by_itself:
+            assert member.stdin is not None
+            member.stdin.close()
+        else:
+            member.kill()
         assert supervisor.wait(within(10, lambda: service.child is not None and service.child.pid != first))
-    member.wait()
+    assert member.wait() == (1 if by_itself else -signal.SIGKILL)
+    if not by_itself:
+        assert member.stdin is not None
+        member.stdin.close()
 
 
 def test_a_process_that_ends_before_it_was_ready_is_explained(tmp_path: Path) -> None:

@@ -12,26 +12,28 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from service.contract import SamplingParams, TokenEvent, ValidRequest
-from service.errors import CrossgateError
+from service.contract import MAX_SAMPLING_BYTES, SamplingParams, TokenEvent, ValidRequest
+from service.errors import CrossgateError, InvalidRequest
 
 log = logging.getLogger("fused_decoder")
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
-def read_request(request: Any) -> tuple[ValidRequest, torch.Tensor | None, list[int]]:
+def read_request(request: Any, max_positions: int) -> tuple[ValidRequest, torch.Tensor | None, list[int]]:
     """The request, its latents [S, R, E] and their index. Copies: the tensors' memory is Triton's.
 
-    Raises InvalidRequest if `sampling` is not what it should be; the engine checks the rest.
+    Raises InvalidRequest if a tensor is longer than any can be, before its content is looked at, and if `sampling` is
+    not what it should be; the engine checks the rest.
     """
     valid = ValidRequest(
-        input_ids=tuple(_integers(request, "input_ids")),
-        image_keys=tuple(bytes(key).hex() for key in _integers(request, "image_keys")),
-        image_positions=tuple(_integers(request, "image_positions")),
-        sampling=SamplingParams.from_json(bytes(_integers(request, "sampling"))),
+        input_ids=tuple(_integers(request, "input_ids", max_positions)),
+        image_keys=tuple(bytes(key).hex() for key in _integers(request, "image_keys", max_positions)),
+        image_positions=tuple(_integers(request, "image_positions", max_positions)),
+        sampling=SamplingParams.from_json(bytes(_integers(request, "sampling", MAX_SAMPLING_BYTES))),
     )
-    return valid, _tensor(request, "latents"), _integers(request, "latent_index")
+    num_pictures = len(valid.image_keys)
+    return valid, _tensor(request, "latents", num_pictures), _integers(request, "latent_index", num_pictures)
 
 
 def send(sender: Any, request_id: str, event: TokenEvent | CrossgateError | None) -> None:
@@ -68,11 +70,16 @@ def _told(event: TokenEvent | CrossgateError | None) -> str:
     return f"{event.finish_reason} {event.usage} {event.timings}"
 
 
-def _tensor(request: Any, name: str) -> torch.Tensor | None:
+def _tensor(request: Any, name: str, max_length: int) -> torch.Tensor | None:
     found = pb_utils.get_input_tensor_by_name(request, name)
-    return None if found is None else torch.from_dlpack(found.to_dlpack()).clone()
+    if found is None:
+        return None
+    tensor = torch.from_dlpack(found.to_dlpack())
+    if len(tensor) > max_length:
+        raise InvalidRequest(f"{name} has {len(tensor)} entries; at most {max_length} are possible.", param=name)
+    return tensor.clone()
 
 
-def _integers(request: Any, name: str) -> list[Any]:
-    found = _tensor(request, name)
+def _integers(request: Any, name: str, max_length: int) -> list[Any]:
+    found = _tensor(request, name, max_length)
     return [] if found is None else found.tolist()

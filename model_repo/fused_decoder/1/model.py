@@ -51,8 +51,8 @@ class TritonPythonModel:
         from service.decoder.settings import DecoderSettings
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self.read_request, self.send = read_request, send
         family = load_family(Path(os.environ["MODEL_PATH"]))
+        self.read_request, self.send = partial(read_request, max_positions=family.decoder.max_positions), send
         engine = Engine.from_family(family, DecoderSettings.from_environment())
         self.loop = EngineLoop(engine, on_step=DecoderMetrics().publish)
 
@@ -70,6 +70,10 @@ class TritonPythonModel:
                 deliver(Internal("The decoder could not read the request."))
             else:
                 self.loop.submit(valid, latents, latent_index, deliver, sender.is_cancelled)
+
+    def is_ready(self) -> bool:
+        """Newer Tritons than the wheel's ask it where a probe asks for this model."""
+        return bool(self.loop.is_alive)
 
     def finalize(self) -> None:
         self.loop.close()

@@ -6,13 +6,16 @@ Tensors cross as DLPack: the stub in the PyPI wheel reads NumPy 2 arrays wrongly
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from service.errors import Internal
+from service.errors import CrossgateError, Unavailable
 from service.families import load_family
+
+END_DELAY_S = 1.0  # for the answers that are on their way to Triton
 
 
 def on_gpu() -> bool:
@@ -45,16 +48,30 @@ class TritonPythonModel:
         dtype = os.environ.get("DTYPE") or ("bfloat16" if on_gpu() else "float32")
         device = os.environ.get("DEVICE") or ("cuda" if on_gpu() else "cpu")
         self.stage = VisionStage(family, device, dtype)
+        self.works = True
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One forward for all the requests that Triton's dynamic batcher put together."""
+        """One forward for all the requests that Triton's dynamic batcher put together; one that fails fails alone.
+
+        When nothing works any more this process ends: whoever supervises Triton starts it anew.
+        """
         tensors = [pb_utils.get_input_tensor_by_name(request, "pixels") for request in requests]
         pixels = [self.torch.from_dlpack(tensor.to_dlpack()) for tensor in tensors]  # each (B, 3, H, W)
         try:
-            latents = self.stage.encode(self.torch.cat(pixels)).cpu()  # (sum of B, R, E)
+            results = self.stage.encode_each(pixels)
         except Exception as error:  # whatever it is, every request is owed an answer
-            pb_utils.Logger.log_error(f"vision_encoder: {error!r}")
-            failure = pb_utils.TritonError(Internal("The vision encoder failed.").to_triton())
-            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
-        parts = latents.split([len(part) for part in pixels])
-        return [pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("latents", part)]) for part in parts]
+            pb_utils.Logger.log_error(f"vision_encoder: cannot go on; its process ends: {error!r}")
+            results = [Unavailable("The vision encoder failed and is started anew.")] * len(requests)
+            self.works = False
+            threading.Timer(END_DELAY_S, os._exit, (1,)).start()
+        return [_response(result) for result in results]
+
+    def is_ready(self) -> bool:
+        """Newer Tritons than the wheel's ask it where a probe asks for this model."""
+        return self.works
+
+
+def _response(result: Any) -> Any:
+    if isinstance(result, CrossgateError):
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(result.to_triton()))
+    return pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("latents", result)])
