@@ -7,22 +7,26 @@ class StopStrings:
     """Of one request. No part of a stop string is ever given out, nor held back longer than it may be one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
+        self._beginnings = [_Beginning(stop) for stop in stops]
         self._held = ""  # an end of the text that may be the beginning of a stop string
 
     def push(self, text: str) -> tuple[str, bool]:
         """(what may be sent, whether a stop string was met). After True nothing more is to be pushed."""
-        if not self._stops:
+        if not self._beginnings or not text:
             return text, False
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        whole = self._held + text
+        found = []
+        for beginning in self._beginnings:
+            start = whole.find(beginning.stop)
+            if start >= 0:
+                found.append((start + len(beginning.stop), start))
         if found:  # several: the one complete first, as if the text had come character by character
             self._held = ""
             _, start = min(found)
-            return text[:start], True
-        num_held = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held], False
+            return whole[:start], True
+        num_sent = len(whole) - max(beginning.follow(text) for beginning in self._beginnings)
+        self._held = whole[num_sent:]
+        return whole[:num_sent], False
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
@@ -30,9 +34,28 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` with which `stop` begins."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
+class _Beginning:
+    """How much of a stop string's beginning a text ends with, for a few steps a character.
+
+    Source: Knuth, Morris and Pratt (1977); `borders[n]` is the longest proper end of stop[:n] that begins it, too.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self._length = 0
+        self._borders = [0, 0]
+        for char in stop[1:]:
+            self._borders.append(self._longer(self._borders[-1], char))
+
+    def follow(self, text: str) -> int:
+        """The length after `text`, in which the stop string does not become complete."""
+        if len(text) >= len(self.stop):
+            text, self._length = text[1 - len(self.stop) :] if len(self.stop) > 1 else "", 0
+        for char in text:
+            self._length = self._longer(self._length, char)
+        return self._length
+
+    def _longer(self, length: int, char: str) -> int:
+        while length and self.stop[length] != char:
+            length = self._borders[length]
+        return length + (self.stop[length] == char)
