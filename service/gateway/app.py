@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -40,6 +41,8 @@ from service.gateway.telemetry.tracing import Tracing
 from service.gateway.text.detokenize import Vocabulary
 from service.gateway.text.prompt import PromptBuilder
 
+log = logging.getLogger(__name__)
+
 
 def create_app(
     settings: Settings, family: Family, tokenizer: Tokenizer, backend: Backend, tracing: Tracing | None = None
@@ -52,7 +55,7 @@ def create_app(
     metrics = Metrics(CollectorRegistry(), with_keys=settings.has_keys)
     admission = Admission(
         max_running=settings.max_concurrent_requests,
-        max_shared=settings.max_running,
+        max_shared=settings.max_shared_requests,
         max_waiting=settings.max_queue,
         max_wait_s=settings.first_token_timeout_s,
         on_end=metrics.count_end,
@@ -137,8 +140,12 @@ def _keys(settings: Settings, admission: Admission, metrics: Metrics) -> KeyRing
         return None
 
     def changed(ring: KeyRing) -> None:
-        admission.share(len(ring.names) > 1)
+        shared = len(ring.names) > 1
+        admission.share(shared)
         metrics.know(ring.names)
+        if shared:
+            places = min(settings.max_concurrent_requests, settings.max_shared_requests)
+            log.info("%d keys share %d places: CROSSGATE_MAX_SHARED_REQUESTS", len(ring.names), places)
 
     ring = KeyRing(settings.api_keys.get_secret_value(), settings.api_keys_file, changed)
     changed(ring)

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(32_000_000, ge=1, le=89_000_000)  # of one picture; Pillow's own limit is above it
     max_body_bytes: int = Field(64 << 20, ge=1)
     max_concurrent_requests: int = Field(64, ge=1)
-    max_running: int = Field(32, ge=1)  # the decoder's; several keys share no more, so that none waits in its queue
+    max_shared_requests: int = Field(8, ge=1)  # of the above, while several keys share them: docs/keys.md says more
     max_queue: int = Field(128, ge=0)  # requests that wait for one of the above
     default_max_tokens: int = Field(256, ge=1)
 

@@ -162,6 +162,16 @@ def test_gateways_let_in_more_than_the_decoders_run():
     assert let_in > 2 * replicas * int(SETTINGS["CROSSGATE_MAX_RUNNING"])
 
 
+@pytest.mark.parametrize(
+    ("gateways", "replicas"), [("minReplicas", "minReplicaCount"), ("maxReplicas", "maxReplicaCount")]
+)
+def test_keys_share_no_more_places_than_the_decoders_run(gateways: str, replicas: str):
+    num_gateways = find("HorizontalPodAutoscaler", "gateway")["spec"][gateways]
+    num_replicas = find("ScaledObject", "triton")["spec"][replicas]
+    places = num_gateways * int(SETTINGS["CROSSGATE_MAX_SHARED_REQUESTS"])
+    assert places <= num_replicas * int(SETTINGS["CROSSGATE_MAX_RUNNING"])
+
+
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 def test_haproxy_accepts_its_configuration():
     environment = {**os.environ, "LOAD_FACTOR": "150"}

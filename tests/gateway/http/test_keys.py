@@ -159,7 +159,7 @@ async def test_a_new_file_needs_no_restart_and_shares_the_places(
     connect: Connect, backend: FakeBackend, file: Path
 ) -> None:
     file.write_text("alice:a\n")
-    async with connect(api_keys_file=file, max_concurrent_requests=4, max_running=4) as client:
+    async with connect(api_keys_file=file, max_shared_requests=4) as client:
         assert (await client.post("/v1/generate", json=ASK, headers=bearer("a"))).status_code == 200
         assert (await client.post("/v1/generate", json=ASK, headers=bearer("b"))).status_code == 401
         file.write_text("alice:a\nbob:b\n")

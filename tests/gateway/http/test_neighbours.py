@@ -17,7 +17,7 @@ from service.gateway.app import create_app
 from service.gateway.settings import Settings
 from tests.gateway.fakes import FakeBackend
 
-MAX_RUNNING = 32  # of the decoder
+MAX_RUNNING = 8  # of the decoder: no more than the places that keys share
 STEP_S = 0.1
 
 
@@ -62,7 +62,7 @@ async def test_one_key_s_500_requests_do_not_delay_another_key_s_first_token(
         asked = [asyncio.create_task(ask(hogs[number % num_hogs], 150)) for number in range(500)]
         await asyncio.sleep(1.0)
         admission = app.state.admission
-        assert admission.num_waiting > 64 and admission.num_running >= 3 * MAX_RUNNING // 4
+        assert admission.num_waiting > 64 and admission.num_running >= 6  # three quarters of the places
         beside_s = [await first_token() for _ in range(3)]
         assert all(not task.done() or task.result() == 429 for task in asked)
         for task in asked:
