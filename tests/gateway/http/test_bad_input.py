@@ -90,8 +90,6 @@ CHAT = [
     ("too many pictures", say(*[show(RED)] * 3), 413, "messages[0].content[2].image_url.url"),
     ("an http URL", say(show("http://example.org/a.png")), 400, URL),
     ("bad base64", say(show("data:image/png;base64,!!!!")), 400, URL),
-    ("a text that spells the image token", say({"type": "text", "text": "<image>"}), 400, "messages"),
-    ("the same beside a picture", say(show(RED), {"type": "text", "text": "<image>"}), 400, "messages"),
     ("a picture of the assistant's", say(show(RED), role="assistant"), 400, URL),
     ("over-long context", say({"type": "text", "text": "word " * 200}), 400, "messages"),
     ("over-long prompt and answer", chat(max_completion_tokens=10_000), 400, "max_tokens"),

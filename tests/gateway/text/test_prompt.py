@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +31,18 @@ def message(role: str, *parts: dict | str) -> dict:
 IMAGE = {"type": "image"}
 
 
-def test_a_family_writes_its_pictures_where_the_marks_stand(family: Family, tokenizer: Tokenizer) -> None:
-    builder = PromptBuilder(replace(family, image_text=fake_image_text), tokenizer, None, 256)  # type: ignore[arg-type]
-    assert builder._replace_marks("<image><image>a<image>", 3) == "#<image>#<image>#a#<image>#"
-    assert builder._replace_marks("a", 2) == "#<image>#<image>#a"
-    assert builder._replace_marks("a", 0) == "a"
+@pytest.mark.asyncio
+async def test_a_family_writes_its_pictures_where_the_marks_stand(family: Family, tokenizer: Tokenizer) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        builder = PromptBuilder(replace(family, image_text=fake_image_text), tokenizer, threads, 256)
+        for prompt, num_pictures, written in (
+            ("<image><image>a<image>", 3, "#<image>#<image>#a#<image>#"),
+            ("a", 2, "#<image>#<image>#a"),
+            ("a", 0, "a"),
+        ):
+            request = await builder.build(GenerateBody(prompt=prompt).question(), KEYS[:num_pictures])
+            assert tokenizer.decode(list(request.input_ids), skip_special_tokens=False) == written
+            assert len(request.image_positions) == num_pictures
 
 
 def test_a_template_for_strings_gets_the_family_s_image_text() -> None:
@@ -83,8 +91,6 @@ def test_a_broken_template_is_told_to_the_operator() -> None:
 
 @pytest.mark.asyncio
 async def test_a_chat_s_template_writes_the_special_tokens_itself(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     tokenizer = byte_fallback_tokenizer()
     family = make_family(tmp_path, tokenizer, chat_template="<s>{{ messages[0].content }}")
     with ThreadPoolExecutor(1) as threads:
@@ -99,8 +105,6 @@ async def test_a_chat_s_template_writes_the_special_tokens_itself(tmp_path: Path
 
 @pytest.mark.asyncio
 async def test_a_model_without_a_template_has_no_chat(family: Family, tokenizer: Tokenizer) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as threads:
         builder = PromptBuilder(replace(family, chat_template=None), tokenizer, threads, 256)
         chat = ChatBody.model_validate({"messages": [{"role": "user", "content": "a"}]})
@@ -117,6 +121,14 @@ async def test_image_tokens_among_ids_must_have_their_pictures(family: Family, t
         with pytest.raises(InvalidRequest, match="2 image tokens"):
             await builder.build(question, KEYS[:num_pictures])
     assert (await builder.build(question, KEYS[:2])).image_positions == (0, 2)
+
+
+@pytest.mark.asyncio
+async def test_ids_that_do_not_fit_are_refused_before_they_are_read(family: Family, tokenizer: Tokenizer) -> None:
+    builder = PromptBuilder(family, tokenizer, None, 256)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="takes 1000000") as refused:
+        await builder.build(replace(GenerateBody(prompt="").question(), prompt=(-1,) * 1_000_000), ())
+    assert refused.value.param == "prompt"
 
 
 def test_a_tokenizer_file_s_own_truncation_is_turned_off(tmp_path: Path) -> None:
