@@ -3,10 +3,14 @@
 Axes: B sequences · N flat tokens of a step · L text tokens · T pictures · S pictures sent along · P patches ·
 R latents of a picture · D text width · E vision width · H query heads · K KV heads · C head width · V vocabulary.
 
-`vision_encoder`  in  `pixels` UINT8 [B, 3, H, W]      out `latents` FP32 (FP16 on GPU) [B, R, E]
+`vision_encoder`  in  `pixels` UINT8 [B, 3, H, W]
+                  out `latents` FP32 (FP16 on GPU) [B, R, E] · `checkpoint` UINT8 [B, 32], the encoder's identity
 `fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` UINT8 [T, 32] (SHA-256) · `image_positions` INT32 [T] ·
                       `latents` [S, R, E] and `latent_index` INT32 [S] (which of the T pictures) ·
+                      `latents_checkpoint` UINT8 [S, 32], the identity of the encoder that made each ·
+                      `config` UINT8 [32], of the checkpoint by whose files the gateway made the prompt ·
                       `sampling` UINT8 [n], UTF-8 JSON of SamplingParams
+                      It refuses what another checkpoint has made: OtherCheckpoint.
                   out `token_ids` INT32 [n] · `event` UINT8 [m], UTF-8 JSON of TokenEvent without its token ids
                   Inputs whose first axis would be 0 are left out. JSON travels as UINT8 and not as BYTES, because the
                   Python stub of the Triton wheel predates NumPy 2 and fails on BYTES; DLPack carries the rest.
@@ -43,7 +47,8 @@ class SamplingParams:
 
     `seed` None draws a fresh one. `stop_token_ids` end a sequence beside the checkpoint's EOS ids, whose ids are
     not to be listed here; the token that ended a sequence is delivered. `ignore_eos` turns EOS off, for benchmarks.
-    `stream` False asks for one message at the end.
+    `stream` False asks for two messages: the first token when it is there, so that who waits knows that decoding has
+    begun, and the rest at the end.
     """
 
     max_tokens: int = 256

@@ -7,7 +7,8 @@
     ├── NotFound              404
     ├── Overloaded            429  with Retry-After
     ├── ImageNotResident      409  inside only: the decoder lacks pictures; the gateway encodes them and retries
-    ├── Unavailable           503
+    ├── Unavailable           503  with Retry-After
+    │   └── OtherCheckpoint   503  the decoder runs another checkpoint than who made the latents or the prompt
     ├── StageTimeout          504
     └── Internal              500
 
@@ -41,7 +42,13 @@ class CrossgateError(Exception):
 
     def to_triton(self) -> str:
         """The message of a Triton error that `from_triton` turns back into this error."""
-        fields = {"code": self.code, "message": self.message, "param": self.param, "keys": getattr(self, "keys", None)}
+        fields = {
+            "code": self.code,
+            "message": self.message,
+            "param": self.param,
+            "retry_after_s": self.retry_after_s,
+            "keys": getattr(self, "keys", None),
+        }
         return _MARK + json.dumps({name: value for name, value in fields.items() if value is not None})
 
 
@@ -79,6 +86,10 @@ class Unavailable(CrossgateError):
     status, code = 503, "unavailable"
 
 
+class OtherCheckpoint(Unavailable):
+    code = "other_checkpoint"
+
+
 class StageTimeout(CrossgateError):
     status, code = 504, "stage_timeout"
 
@@ -95,19 +106,31 @@ ALL_ERRORS: tuple[type[CrossgateError], ...] = (
     Overloaded,
     ImageNotResident,
     Unavailable,
+    OtherCheckpoint,
     StageTimeout,
     Internal,
 )
 
 
 def from_triton(message: str) -> CrossgateError | None:
-    """The error behind a Triton error message, or None if a stage of ours did not write it."""
+    """The error behind a Triton error message, or None if no stage of ours wrote it, or not one that we understand."""
     _, mark, text = message.partition(_MARK)
     if not mark:
         return None
-    fields, _ = json.JSONDecoder().raw_decode(text)
-    kinds = {error.code: error for error in ALL_ERRORS}
-    kind = kinds[fields["code"]]
+    try:
+        fields, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(said := fields.get("message"), str):
+        return None
+    kind = next((kind for kind in ALL_ERRORS if kind.code == fields.get("code")), None)
+    if kind is None:  # of a newer stage
+        return Internal("The model server failed.")
+    param = fields.get("param") if isinstance(fields.get("param"), str) else None
     if issubclass(kind, ImageNotResident):
-        return kind(fields["message"], keys=tuple(fields["keys"]))
-    return kind(fields["message"], param=fields.get("param"))
+        keys = fields.get("keys")
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            return None
+        return kind(said, keys=tuple(keys), param=param)
+    retry_after_s = fields.get("retry_after_s")
+    return kind(said, param=param, retry_after_s=retry_after_s if type(retry_after_s) is int else None)

@@ -29,6 +29,7 @@ def command(arguments: list[str]) -> list[str]:
         "model-repository": ROOT / "model_repo",
         "exit-timeout-secs": EXIT_TIMEOUT_S,
         "http-thread-count": 2,
+        "grpc-http2-max-ping-strikes": 0,  # gateways ask every few seconds whether the connection still stands
         "log-info": "false",
         "allow-cpu-metrics": "false",
         "backend-config=python,stub-timeout-seconds": LOAD_TIMEOUT_S,

@@ -175,7 +175,7 @@ class Engine:
         sequence.append(token_id)
         sequence.first_token_s = sequence.first_token_s or now_s
         reason = self._finish_reason(sequence, token_id)
-        if reason is None and not sequence.sampling.stream:
+        if reason is None and not sequence.sampling.stream and sequence.num_generated > 1:
             return None
         token_ids, sequence.unsent = tuple(sequence.unsent), []
         if reason is None:

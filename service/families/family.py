@@ -6,17 +6,19 @@ the gateway reads the same Family as the two stages.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from service.families.identity import checkpoint_identity, config_identity
 
 Sight = tuple[int, ...]  # ordinals (0-based, in prompt order) of the pictures that a token sees; () sees none
 
@@ -131,7 +133,6 @@ class Family:
 
     name: str
     folder: Path
-    identity: str  # hex; differs whenever the same pixels could give other latents
     vision: VisionConfig
     decoder: DecoderConfig
     preprocess: Callable[[Image.Image], NDArray[np.uint8]]
@@ -143,6 +144,16 @@ class Family:
     chat_template: str | None
     vision_weight: Callable[[str], Target | None]
     decoder_weight: Callable[[str], Target | None]
+
+    @cached_property
+    def identity(self) -> str:
+        """64 hex digits over every byte of the checkpoint. Reads all the weights: for the stages, which load them."""
+        return checkpoint_identity(self.folder)
+
+    @cached_property
+    def config_identity(self) -> str:
+        """64 hex digits over all but the weights: what prompts and pixels depend on."""
+        return config_identity(self.folder)
 
 
 def sights(
@@ -168,16 +179,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-def checkpoint_identity(folder: Path) -> str:
-    """Hex digest over config, preprocessing and the weight files' headers, names and sizes (not their gigabytes)."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*config*.json"), *folder.glob("*.safetensors*")]):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
 
 
 def as_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -26,7 +26,6 @@ from service.families.family import (
     Unseen,
     VisionConfig,
     as_ids,
-    checkpoint_identity,
     fused_target,
     load_chat_template,
     resize_square,
@@ -47,7 +46,6 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
     return Family(
         name="flamingo",
         folder=folder,
-        identity=checkpoint_identity(folder),
         vision=VisionConfig(encoder, resampler),
         decoder=DecoderConfig(
             vocab_size=text["vocab_size"] + config["additional_vocab_size"],

@@ -21,7 +21,6 @@ from service.families.family import (
     Unseen,
     VisionConfig,
     as_ids,
-    checkpoint_identity,
     fused_target,
     load_chat_template,
     read_json,
@@ -55,7 +54,6 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
     return Family(
         name="idefics",
         folder=folder,
-        identity=checkpoint_identity(folder),
         vision=vision,
         decoder=DecoderConfig(
             vocab_size=vocab_size,

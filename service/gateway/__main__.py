@@ -43,6 +43,7 @@ def main() -> int:
 def _backend(settings: Settings, family: Family, tracing: Tracing) -> TritonBackend:
     return TritonBackend(
         settings.triton_url,
+        config=family.config_identity,
         image_size=family.vision.encoder.image_size,
         probe_token=family.bos_token_id or 0,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,

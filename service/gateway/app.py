@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -34,6 +35,7 @@ from service.gateway.pictures.residency import ResidentKeys
 from service.gateway.pipeline import Pipeline
 from service.gateway.question import SamplingDefaults
 from service.gateway.settings import Settings
+from service.gateway.stages.heartbeat import Heartbeat
 from service.gateway.stages.run import Deadlines, Stages
 from service.gateway.stages.triton import Backend
 from service.gateway.telemetry.metrics import Metrics
@@ -66,11 +68,13 @@ def create_app(
     limits = PictureLimits(settings.max_images, settings.max_image_bytes, settings.max_image_pixels)
     encoder = PictureEncoder(
         backend.encode,
+        max_calls=settings.max_concurrent_encodes,
         timeout_s=settings.encode_timeout_s,
         cache_bytes=settings.latents_cache_bytes,
         on_encoded=metrics.encode.observe,
     )
-    deadlines = Deadlines(settings.first_token_timeout_s, settings.inter_token_timeout_s, settings.request_timeout_s)
+    deadlines = Deadlines(settings.first_token_timeout_s, settings.inter_token_timeout_s, settings.restart_wait_s)
+    heartbeat = Heartbeat(backend.ready, period_s=settings.heartbeat_period_s, timeout_s=settings.heartbeat_timeout_s)
     pipeline = Pipeline(
         admission,
         PictureReader(family, limits, threads),
@@ -79,11 +83,15 @@ def create_app(
         Vocabulary(tokenizer),
         metrics,
         tracing,
+        settings.request_timeout_s,
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        beating = asyncio.create_task(heartbeat.run())
         yield
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
         await backend.close()
         threads.shutdown(wait=False, cancel_futures=True)
 
@@ -91,7 +99,7 @@ def create_app(
     app.state.admission = admission
     defaults = chat_defaults(family.folder)
     app.include_router(model_routes(settings, keys, pipeline, metrics, defaults, int(time.time())))
-    app.include_router(probe_routes(admission, backend, metrics))
+    app.include_router(probe_routes(admission, heartbeat, metrics))
     app.add_middleware(
         Edge,
         metrics=metrics,

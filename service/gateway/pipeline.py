@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 
 from service.contract import FinishReason, TokenEvent, Usage, ValidRequest
@@ -14,6 +15,7 @@ from service.errors import Unavailable
 from service.gateway.admission import Admission
 from service.gateway.pictures.read import PictureReader
 from service.gateway.question import Question
+from service.gateway.stages.patience import until
 from service.gateway.stages.run import Stages, Trace
 from service.gateway.telemetry.metrics import Metrics
 from service.gateway.telemetry.record import Record
@@ -59,7 +61,9 @@ class Pipeline:
         vocabulary: Vocabulary,
         metrics: Metrics,
         tracing: Tracing,
+        timeout_s: float,
     ) -> None:
+        """`timeout_s`: of a request, from its arrival to its last token."""
         self._admission = admission
         self._pictures = pictures
         self._prompts = prompts
@@ -67,23 +71,27 @@ class Pipeline:
         self._vocabulary = vocabulary
         self._metrics = metrics
         self._tracing = tracing
+        self._timeout_s = timeout_s
 
     async def answer(self, question: Question, record: Record) -> AsyncGenerator[Piece, None]:
         """Closing or cancelling it cancels both stages. `record` learns what is to be told. Raises CrossgateError."""
         clock = _Clock(self._metrics)
+        end = asyncio.get_running_loop().time() + self._timeout_s
         trace = Trace()
         record.pictures = len(question.pictures)
         try:
-            async with self._admission.slot(record.key):
-                record.admitted = True
-                clock.admitted()
-                self._tracing.passed("admission", clock.waited_s)
-                pictures = await self._pictures.read(question.pictures)
-                request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
+            async with AsyncExitStack() as held:
+                async with until(end):
+                    await held.enter_async_context(self._admission.slot(record.key))
+                    record.admitted = True
+                    clock.admitted()
+                    self._tracing.passed("admission", clock.waited_s)
+                    pictures = await self._pictures.read(question.pictures)
+                    request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
                 record.prompt_tokens, record.completion_tokens = len(request.input_ids), 0
                 pixels = {picture.key: picture.pixels for picture in pictures}
                 text = _Text(self._vocabulary, question.stop)
-                async with aclosing(self._stages.run(request, pixels, trace)) as events:
+                async with aclosing(self._stages.run(request, pixels, trace, end)) as events:
                     async for event in events:
                         if event.finish_reason is FinishReason.CANCELLED:
                             raise Unavailable("The decoder gave the request up.", retry_after_s=1)
@@ -154,10 +162,8 @@ class _Clock:
         self._metrics.generation_tokens.inc(len(event.token_ids))
         if self.first is None:
             self.first = now
-            # without streaming all tokens come at the end; only the decoder knows how long it decoded
-            decoding_s = 0.0 if streamed or event.timings is None else event.timings.decode_ms / 1e3
-            self._metrics.time_to_first_token.observe(max(0.0, now - self.arrival - decoding_s))
-        else:
+            self._metrics.time_to_first_token.observe(now - self.arrival)
+        elif streamed:  # without streaming all but the first come at the end
             self._metrics.inter_token_latency.observe(now - self.last)
         self.last = now
 

@@ -48,12 +48,15 @@ class Settings(BaseSettings):
     max_concurrent_requests: int = Field(64, ge=1)
     max_shared_requests: int = Field(8, ge=1)  # of the above, while several keys share them: docs/keys.md says more
     max_queue: int = Field(128, ge=0)  # requests that wait for one of the above
+    max_concurrent_encodes: int = Field(32, ge=1)  # pictures at the vision encoder: one batch runs, the next fills up
     default_max_tokens: int = Field(256, ge=1)
 
     first_token_timeout_s: float = Field(120.0, gt=0)
     inter_token_timeout_s: float = Field(60.0, gt=0)
     encode_timeout_s: float = Field(30.0, gt=0)
-    request_timeout_s: float = Field(600.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)  # from arrival: for waiting, pictures and every attempt together
+    restart_wait_s: float = Field(60.0, ge=0)  # of a request without its first token, for a stage that restarts
+    heartbeat_period_s: float = Field(2.0, gt=0)
     heartbeat_timeout_s: float = Field(5.0, gt=0)
     client_timeout_s: float = Field(60.0, gt=0)  # for a client to send the next or take the last piece
     ping_interval_s: float = Field(10.0, gt=0)  # of silence in a stream, then a comment

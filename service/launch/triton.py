@@ -49,6 +49,7 @@ def triton_command(ports: TritonPorts, backends: Path) -> list[str]:
         "http-port": ports.http,
         "grpc-address": "127.0.0.1",
         "grpc-port": ports.grpc,
+        "grpc-http2-max-ping-strikes": 0,  # gateways ask every few seconds whether the connection still stands
         "metrics-address": "127.0.0.1",
         "metrics-port": ports.metrics,
     }

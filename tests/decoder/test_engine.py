@@ -185,11 +185,14 @@ def test_max_tokens_and_a_full_context_end_with_length(world: World) -> None:
     assert len(tokens(events)) == 4 and events[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_a_request_that_does_not_stream_gets_one_event(world: World, expected: dict[int, list[int]]) -> None:
+def test_a_request_that_does_not_stream_hears_of_its_first_token_and_then_gets_the_rest(
+    world: World, expected: dict[int, list[int]]
+) -> None:
     engine = world.engine()
     world.add(engine, 4, dataclasses.replace(GREEDY, stream=False))
-    (event,) = drain(engine)[4]
-    assert list(event.token_ids) == expected[4]
+    first, event = drain(engine)[4]
+    assert list(first.token_ids) == expected[4][:1] and first.finish_reason is None
+    assert list(event.token_ids) == expected[4][1:]
     assert event.usage is not None and event.usage.completion_tokens == 40
     assert event.timings is not None and event.timings.decode_ms > 0
 

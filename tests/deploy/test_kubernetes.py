@@ -172,6 +172,33 @@ def test_keys_share_no_more_places_than_the_decoders_run(gateways: str, replicas
     assert places <= num_replicas * int(SETTINGS["CROSSGATE_MAX_RUNNING"])
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, {}], ids=["kubernetes", "defaults"])
+def test_what_a_gateway_lets_in_fits_the_streams_of_its_connection(settings):
+    """Heartbeats have a connection of their own; each request has a stream, and so has each picture under way."""
+    config = (FOLDER / "haproxy.cfg").read_text()
+    streams = int(re.search(r"tune\.h2\.max-concurrent-streams (\d+)", config)[1])
+    assert number("MAX_CONCURRENT_REQUESTS", settings) + number("MAX_CONCURRENT_ENCODES", settings) < streams
+
+
+def test_all_gateways_together_do_not_fill_the_encoders_queues():
+    config = (ROOT / "model_repo/vision_encoder/config.pbtxt").read_text()
+    queue = int(re.search(r"max_queue_size: (\d+)", config)[1])
+    gateways = find("HorizontalPodAutoscaler", "gateway")["spec"]["maxReplicas"]
+    replicas = find("ScaledObject", "triton")["spec"]["minReplicaCount"]
+    assert gateways * number("MAX_CONCURRENT_ENCODES", SETTINGS) <= replicas * queue
+    assert number("MAX_CONCURRENT_ENCODES", {}) <= queue, "one gateway, one Triton"
+
+
+def number(setting: str, settings: dict[str, str]) -> int:
+    return int(settings.get(f"CROSSGATE_{setting}", Settings.model_fields[setting.lower()].default))
+
+
+def test_triton_bears_the_gateways_pings():
+    """Else it ends connections that ask too often whether they still stand."""
+    for file in ("deploy/docker/serve_triton.py", "service/launch/triton.py"):
+        assert '"grpc-http2-max-ping-strikes": 0' in (ROOT / file).read_text(), file
+
+
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 def test_haproxy_accepts_its_configuration():
     environment = {**os.environ, "LOAD_FACTOR": "150"}

@@ -68,7 +68,7 @@ class Running:
     def wait_until_ready(self) -> None:
         self.port = int(self.wait_for(r"http://127\.0\.0\.1:(\d+)/docs")[1])
         triton = self.wait_for(r"gRPC (\d+), HTTP (\d+), /metrics (\d+)")
-        self.triton_http_port, self.metrics_port = int(triton[2]), int(triton[3])
+        self.triton_grpc_port, self.triton_http_port, self.metrics_port = (int(port) for port in triton.groups())
         self.url = f"http://127.0.0.1:{self.port}"
 
     def wait_for_end(self, timeout_s: float = 60.0) -> int:

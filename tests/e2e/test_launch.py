@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -38,15 +40,63 @@ def wait_until_answered(running: Running, timeout_s: float = 90.0) -> None:
 
 
 @pytest.mark.parametrize("model", ["vision_encoder", "fused_decoder"])
-def test_a_killed_model_process_is_replaced_and_requests_are_answered_again(service: Running, model: str) -> None:
-    killed = stub_of(service, model)
-    os.kill(killed, signal.SIGKILL)
-    assert not wait_until_gone({killed}, 5)
-    response = httpx.post(f"{service.url}/v1/generate", json=question(picture(50)), timeout=60)
-    assert response.status_code in (200, 503)  # never hangs, never a stack trace
-    wait_until_answered(service)
+def test_a_model_process_killed_under_load_costs_no_request_without_its_first_token(
+    service: Running, model: str
+) -> None:
+    """They wait until it is back. One token each, so that none is killed between its first and its last."""
+    killed, back = stub_of(service, model), threading.Event()
+
+    def ask(client: int) -> list[int]:
+        statuses, number = [], 0
+        while not back.is_set() or number < 3:
+            body = question(picture(10_000 * client + number), max_tokens=1)
+            statuses.append(httpx.post(f"{service.url}/v1/generate", json=body, timeout=120).status_code)
+            number += 1
+        return statuses
+
+    with ThreadPoolExecutor(8) as threads:
+        asking = [threads.submit(ask, client) for client in range(1, 9)]
+        try:
+            time.sleep(1.0)
+            os.kill(killed, signal.SIGKILL)
+            assert not wait_until_gone({killed}, 5)
+            wait_until_answered(service)
+        finally:
+            back.set()
+        statuses = [status for each in asking for status in each.result()]
+    assert set(statuses) == {200}, statuses
     assert stub_of(service, model) != killed
     assert httpx.get(f"{service.url}/readyz").status_code == 200
+
+
+def test_weights_replaced_under_a_running_gateway_are_never_mixed(tmp_path: Path) -> None:
+    """Triton comes back with other weights; what the gateway had kept of the old ones is not used."""
+    folder = make_idefics(tmp_path / "served", max_position_embeddings=4096)
+    other = make_idefics(tmp_path / "other", max_position_embeddings=4096, seed=1)
+    bodies = [question(picture(seed), ignore_eos=True) for seed in range(3)]
+    running = Running("--no-question", MODEL_PATH=str(folder))
+
+    def ask_all() -> list[list[int]]:
+        replies = [httpx.post(f"{running.url}/v1/generate", json=body, timeout=120) for body in bodies]
+        assert {reply.status_code for reply in replies} == {200}, replies
+        return [reply.json()["token_ids"] for reply in replies]
+
+    try:
+        running.wait_until_ready()
+        before = ask_all()
+        os.replace(other / "model.safetensors", folder / "model.safetensors")
+        os.kill(stub_of(running, "fused_decoder"), signal.SIGKILL)
+        running.wait_for("Triton is back")
+        after = ask_all()
+        gateway = next(pid for pid in descendants(running.process.pid) if "service.gateway" in command_of(pid))
+        os.kill(gateway, signal.SIGKILL)  # the new one has kept nothing
+        running.wait_for("gateway is back")
+        wait_until_answered(running)
+        fresh = ask_all()
+    finally:
+        running.stop()
+    assert after == fresh
+    assert all(old != new for old, new in zip(before, after, strict=True))
 
 
 def test_a_killed_gateway_is_replaced(service: Running) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 
 from tests.e2e.running import Running, descendants, picture, question
@@ -99,3 +101,20 @@ def test_garbage_sent_straight_to_triton_is_refused_and_harms_nobody(service: Ru
     wrong_shape = {"name": "pixels", "shape": [1, 3, 2, 2], "datatype": "UINT8", "data": [0] * 12}
     assert httpx.post(infer, json={"inputs": [wrong_shape]}, headers={"connection": "close"}).status_code == 400
     assert generate(service, question(picture(5)))["finish_reason"] in ("stop", "length")
+
+
+def test_triton_bears_to_be_asked_all_the_time_whether_a_connection_stands(service: Running) -> None:
+    """Its own default is to end a connection after two such questions in five minutes."""
+    options = [
+        ("grpc.keepalive_time_ms", 200),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+    async def ask() -> grpc.ChannelConnectivity:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.triton_grpc_port}", options=options) as channel:
+            await channel.channel_ready()
+            await asyncio.sleep(5)
+            return channel.get_state()
+
+    assert asyncio.run(ask()) is grpc.ChannelConnectivity.READY

@@ -77,7 +77,6 @@ def make_family(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None
     return Family(
         name="flamingo",
         folder=folder,
-        identity="0" * 64,
         vision=VisionConfig(
             EncoderConfig("vit", IMAGE_SIZE, 8, 5, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
             ResamplerConfig(8, 8, 1, 1, 8, 4, 16),

@@ -117,7 +117,7 @@ async def test_the_process_serves_and_ends_with_0_on_sigterm(checkpoint: Path) -
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CROSSGATE_")}
     environment |= {"MODEL_PATH": str(checkpoint), "PORT": str(port), "TRITON_URL": "127.0.0.1:1"}
-    environment["CROSSGATE_HEARTBEAT_TIMEOUT_S"] = "0.5"
+    environment |= {"CROSSGATE_HEARTBEAT_TIMEOUT_S": "0.5", "CROSSGATE_RESTART_WAIT_S": "0.5"}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "service.gateway", env=environment, stderr=asyncio.subprocess.PIPE
     )

@@ -13,7 +13,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from service.contract import MAX_SAMPLING_BYTES, SamplingParams, TokenEvent, ValidRequest
-from service.errors import CrossgateError, InvalidRequest
+from service.errors import CrossgateError, InvalidRequest, OtherCheckpoint
 
 log = logging.getLogger("fused_decoder")
 
@@ -34,6 +34,16 @@ def read_request(request: Any, max_positions: int) -> tuple[ValidRequest, torch.
     )
     num_pictures = len(valid.image_keys)
     return valid, _tensor(request, "latents", num_pictures), _integers(request, "latent_index", num_pictures)
+
+
+def check_makers(request: Any, *, config: str, checkpoint: str, max_images: int) -> None:
+    """Raises OtherCheckpoint if the prompt or the latents were made by another checkpoint than ours."""
+    if bytes(_integers(request, "config", len(config) // 2)).hex() != config:
+        raise OtherCheckpoint("The model server runs another checkpoint than the gateway.", retry_after_s=5)
+    makers = _integers(request, "latents_checkpoint", max_images)
+    num_latents = len(_integers(request, "latent_index", max_images))
+    if len(makers) != num_latents or any(bytes(maker).hex() != checkpoint for maker in makers):
+        raise OtherCheckpoint("The two stages run different checkpoints.", retry_after_s=5)
 
 
 def send(sender: Any, request_id: str, event: TokenEvent | CrossgateError | None) -> None:

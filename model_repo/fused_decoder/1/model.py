@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from service.errors import CrossgateError, Internal
 from service.families import load_family
+from service.families.identity import unchanged
 
 
 def on_gpu() -> bool:
@@ -35,6 +36,8 @@ class TritonPythonModel:
             ("image_positions", "TYPE_INT32", [-1], True),
             ("latents", "TYPE_FP16" if on_gpu() else "TYPE_FP32", [-1, *latents_shape], True),
             ("latent_index", "TYPE_INT32", [-1], True),
+            ("latents_checkpoint", "TYPE_UINT8", [-1, 32], True),
+            ("config", "TYPE_UINT8", [32], False),
         ):
             config.add_input({"name": name, "data_type": data_type, "dims": dims, "optional": optional})
         config.add_output({"name": "token_ids", "data_type": "TYPE_INT32", "dims": [-1]})
@@ -43,7 +46,7 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
-        from decoder_messages import read_request, send
+        from decoder_messages import check_makers, read_request, send
         from decoder_metrics import DecoderMetrics
 
         from service.decoder.engine import Engine
@@ -52,8 +55,13 @@ class TritonPythonModel:
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         family = load_family(Path(os.environ["MODEL_PATH"]))
-        self.read_request, self.send = partial(read_request, max_positions=family.decoder.max_positions), send
-        engine = Engine.from_family(family, DecoderSettings.from_environment())
+        max_positions = family.decoder.max_positions
+        self.read_request, self.send = partial(read_request, max_positions=max_positions), send
+        with unchanged(family.folder):
+            self.check_makers = partial(
+                check_makers, config=family.config_identity, checkpoint=family.identity, max_images=max_positions
+            )
+            engine = Engine.from_family(family, DecoderSettings.from_environment())
         self.loop = EngineLoop(engine, on_step=DecoderMetrics().publish)
 
     def execute(self, requests: list[Any]) -> None:
@@ -62,6 +70,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             deliver = partial(self.send, sender, request.request_id())
             try:
+                self.check_makers(request)
                 valid, latents, latent_index = self.read_request(request)
             except CrossgateError as error:
                 deliver(error)

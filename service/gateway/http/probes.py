@@ -8,13 +8,13 @@ from starlette.responses import JSONResponse, Response
 
 from service.errors import Unavailable
 from service.gateway.admission import Admission
-from service.gateway.stages.triton import Backend
+from service.gateway.stages.heartbeat import Heartbeat
 from service.gateway.telemetry.metrics import Metrics
 
 CLOSE = {"connection": "close"}  # a probe's idle connection would hold up a shutdown
 
 
-def probe_routes(admission: Admission, backend: Backend, metrics: Metrics) -> APIRouter:
+def probe_routes(admission: Admission, heartbeat: Heartbeat, metrics: Metrics) -> APIRouter:
     router = APIRouter()
 
     @router.get("/livez")
@@ -23,10 +23,10 @@ def probe_routes(admission: Admission, backend: Backend, metrics: Metrics) -> AP
 
     @router.get("/readyz")
     async def readyz() -> Response:
-        """Ready: not draining, and both models really answer."""
+        """Ready: not draining, and both models really answered the last heartbeat."""
         if admission.draining:
             error = Unavailable("The server is shutting down.")
-        elif not await backend.ready():
+        elif not await heartbeat.ready():
             error = Unavailable("A model does not answer.")
         else:
             return JSONResponse({"status": "ready"}, headers=CLOSE)

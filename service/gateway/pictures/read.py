@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass(frozen=True)
 class Picture:
-    """`key`: 64 hex digits over the pixels and the model. `pixels`: uint8 [3, H, W] RGB."""
+    """`key`: 64 hex digits over the pixels and the model's config. `pixels`: uint8 [3, H, W] RGB."""
 
     key: str
     pixels: NDArray[np.uint8]
@@ -61,11 +61,14 @@ class PictureReader:
             raise _too_many_bytes(source.field, self._limits.max_image_bytes)
         rgb = decode_picture(content, source.field, self._limits.max_image_pixels)
         pixels = np.ascontiguousarray(self._family.preprocess(rgb))
-        return Picture(picture_key(pixels, self._family.identity), pixels)
+        return Picture(picture_key(pixels, self._family.config_identity), pixels)
 
 
 def picture_key(pixels: NDArray[np.uint8], identity: str) -> str:
-    """SHA-256 over everything on which the latents depend, in hex."""
+    """SHA-256 over the pixels and the config by which they were made, in hex.
+
+    Not over the weights: latents say whose they are, and a decoder holds what its own encoder made.
+    """
     digest = hashlib.sha256(f"{identity}\0{pixels.dtype.str}\0{pixels.shape}\0".encode())
     digest.update(pixels.tobytes())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The two stages as one stream of events: encode what the decoder lacks, decode, and try again where that is safe.
 
-Safe means: before the first token. Deadlines are kept here, whatever the backend. Knows nothing of text.
+Safe means: before the first token. Until then a request waits for a stage that restarts. Deadlines are kept here,
+whatever the backend. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -10,26 +11,27 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.contract import TokenEvent, ValidRequest
-from service.errors import CrossgateError, ImageNotResident, Internal, StageTimeout, Unavailable
-from service.gateway.pictures.encode import PictureEncoder
+from service.errors import CrossgateError, ImageNotResident, Internal, OtherCheckpoint, StageTimeout, Unavailable
+from service.gateway.pictures.encode import Latents, PictureEncoder
 from service.gateway.pictures.residency import ResidentKeys
+from service.gateway.stages.patience import Patience, until
 from service.gateway.stages.triton import Backend
 
-RETRY_PAUSE_S = 0.25
 LET_END_S = 1.0
 
 
 @dataclass(frozen=True)
 class Deadlines:
+    """`restart_wait_s`: how long a request waits for a stage that is away."""
+
     first_token_s: float
     inter_token_s: float
-    request_s: float
+    restart_wait_s: float
 
 
 @dataclass
@@ -48,19 +50,20 @@ class Stages:
         self._deadlines = deadlines
 
     async def run(
-        self, request: ValidRequest, pixels: Mapping[str, NDArray[np.uint8]], trace: Trace
+        self, request: ValidRequest, pixels: Mapping[str, NDArray[np.uint8]], trace: Trace, end: float
     ) -> AsyncGenerator[TokenEvent, None]:
         """Ends with the event that has a finish reason. Closing it cancels both stages.
 
-        `pixels`: of every key of the request. Raises CrossgateError.
+        `pixels`: of every key of the request. `end`: the request's deadline, as the event loop's time; all attempts
+        and the pauses between them stay within it. Raises CrossgateError.
         """
         send = self._resident.missing(request.image_keys)
-        reached = True
+        patience = Patience(self._deadlines.restart_wait_s, end)
         started = False
         while True:
             try:
-                latents = await self._encode(send, pixels, trace)
-                async with aclosing(self._decode(request, latents)) as events:
+                latents = await self._encode(send, pixels, trace, end)
+                async with aclosing(self._decode(request, latents, end)) as events:
                     async for event in events:
                         if event.token_ids and not started:
                             started = True
@@ -73,31 +76,32 @@ class Stages:
                     raise Unavailable("The decoder has no room for the pictures.", retry_after_s=1) from error
                 self._resident.discard(lacking)
                 send |= lacking
-            except Unavailable:
-                if started or not reached:
+            except Unavailable as error:
+                if started:
                     raise
-                reached = False
-                await asyncio.sleep(RETRY_PAUSE_S)
+                if isinstance(error, OtherCheckpoint):
+                    self._encoder.forget()
+                await patience.wait_after(error)
 
     async def _encode(
-        self, keys: Iterable[str], pixels: Mapping[str, NDArray[np.uint8]], trace: Trace
-    ) -> dict[str, NDArray[Any]]:
+        self, keys: Iterable[str], pixels: Mapping[str, NDArray[np.uint8]], trace: Trace, end: float
+    ) -> dict[str, Latents]:
         keys = sorted(keys)
         trace.sent = frozenset(keys)
         if not keys:
             return {}
         start = time.perf_counter()
-        results = await asyncio.gather(*(self._encoder.latents(key, pixels[key]) for key in keys))
+        async with until(end):
+            latents = await self._encoder.latents({key: pixels[key] for key in keys})
         trace.encode_s += time.perf_counter() - start
-        return dict(zip(keys, results, strict=True))
+        return latents
 
     async def _decode(
-        self, request: ValidRequest, latents: dict[str, NDArray[Any]]
+        self, request: ValidRequest, latents: dict[str, Latents], end: float
     ) -> AsyncGenerator[TokenEvent, None]:
-        """The backend's events, each within its deadline. Without streaming all come at once, at the end."""
+        """The backend's events, each within its deadline. Without streaming there are two, the first token's early."""
         now = asyncio.get_running_loop().time
-        end = now() + self._deadlines.request_s
-        deadline = min(end, now() + self._deadlines.first_token_s) if request.sampling.stream else end
+        deadline = min(end, now() + self._deadlines.first_token_s)
         async with aclosing(self._backend.generate(request, latents)) as events:
             while True:
                 event = await _next_before(deadline, events)
@@ -106,7 +110,7 @@ class Stages:
                     await _let_end(events)
                     return
                 if event.token_ids:
-                    deadline = min(end, now() + self._deadlines.inter_token_s)
+                    deadline = min(end, now() + self._deadlines.inter_token_s) if request.sampling.stream else end
 
 
 async def _next_before(deadline: float, events: AsyncIterator[TokenEvent]) -> TokenEvent:

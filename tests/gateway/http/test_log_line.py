@@ -109,8 +109,8 @@ async def test_a_stream_that_fails_after_its_first_byte_does_not_look_like_a_pla
 async def test_an_error_before_the_first_byte_is_told_apart_from_a_refusal(
     connect: Connect, backend: FakeBackend, lines: list[dict[str, Any]], failure: Any, outcome: str, stream: bool
 ) -> None:
-    backend.failures = [failure, failure]
-    async with connect() as client:
+    backend.failures = [failure]
+    async with connect(restart_wait_s=0) as client:
         reply = await client.post("/v1/generate", json={**ASK, "stream": stream})
         counts = await ended(client)
     (line,) = lines

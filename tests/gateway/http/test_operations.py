@@ -31,14 +31,23 @@ async def test_a_key_is_needed_where_keys_are_set(connect: Connect) -> None:
 
 
 async def test_ready_follows_the_backend(connect: Connect, backend: FakeBackend) -> None:
-    async with connect() as client:
+    async with connect(heartbeat_period_s=0.01) as client:
         assert (await client.get("/readyz")).status_code == 200
         backend.is_ready = False
-        reply = await client.get("/readyz")
+        async with asyncio.timeout(20):
+            while (reply := await client.get("/readyz")).status_code == 200:
+                await asyncio.sleep(0.01)
         assert reply.status_code == 503 and reply.json()["error"]["code"] == "unavailable"
         assert reply.headers["connection"] == "close"
         assert (await client.get("/livez")).status_code == 200
     assert backend.closed
+
+
+async def test_probes_cost_the_models_nothing(connect: Connect, backend: FakeBackend) -> None:
+    async with connect(heartbeat_period_s=60) as client:
+        replies = await asyncio.gather(*(client.get("/readyz") for _ in range(500)))
+        assert {reply.status_code for reply in replies} == {200}
+    assert backend.num_beats == 1
 
 
 async def test_a_full_queue_is_429_with_retry_after(connect: Connect, backend: FakeBackend) -> None:

@@ -97,7 +97,7 @@ async def test_fast_streams_have_no_comments(connect: Connect, backend: FakeBack
 
 async def test_an_error_before_the_first_comment_keeps_its_status(connect: Connect, backend: FakeBackend) -> None:
     wait_before(backend, 0, 0.05, Unavailable("gone", retry_after_s=3))
-    async with connect(ping_interval_s=5.0) as client:
+    async with connect(ping_interval_s=5.0, restart_wait_s=0) as client:
         reply = await client.post("/v1/generate", json=ASK)
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "3")
     assert reply.json()["error"]["code"] == "unavailable"
@@ -105,7 +105,7 @@ async def test_an_error_before_the_first_comment_keeps_its_status(connect: Conne
 
 async def test_an_error_after_the_first_comment_is_an_event(connect: Connect, backend: FakeBackend) -> None:
     wait_before(backend, 0, 0.35, Unavailable("gone", retry_after_s=3))
-    async with connect(ping_interval_s=0.1) as client:
+    async with connect(ping_interval_s=0.1, restart_wait_s=0) as client:
         reply = await client.post("/v1/generate", json=ASK)
     assert reply.status_code == 200
     *pings, error = reply.text.split("\n\n")[:-1]

@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 
 from service.contract import SamplingParams, TokenEvent, ValidRequest
-from service.errors import ImageNotResident, InvalidRequest, StageTimeout, Unavailable
+from service.errors import (
+    CrossgateError,
+    ImageNotResident,
+    InvalidRequest,
+    OtherCheckpoint,
+    Overloaded,
+    StageTimeout,
+    Unavailable,
+)
 from service.gateway.pictures.encode import PictureEncoder
 from service.gateway.pictures.residency import ResidentKeys
+from service.gateway.stages.failures import Lost
 from service.gateway.stages.run import Deadlines, Stages, Trace
 from tests.gateway.fakes import FakeBackend
 
@@ -20,21 +29,32 @@ PIXELS = {key: np.full((3, 4, 4), number, np.uint8) for number, key in enumerate
 class Rig:
     """Stages over a fake backend, with what the tests look at."""
 
-    def __init__(self, *, cache_bytes: int = 0, max_keys: int = 10, **deadlines: float) -> None:
+    def __init__(
+        self,
+        *,
+        cache_bytes: int = 0,
+        max_keys: int = 10,
+        encode_s: float = 20.0,
+        request_s: float = 60.0,
+        **waits: float,
+    ) -> None:
         self.backend = FakeBackend(script=tuple(range(1, 6)))
         self.encoder = PictureEncoder(
             lambda pixels: self.backend.encode(pixels),
-            timeout_s=deadlines.pop("encode_s", 20.0),
+            max_calls=4,
+            timeout_s=encode_s,
             cache_bytes=cache_bytes,
             on_encoded=lambda seconds: None,
         )
         self.resident = ResidentKeys(max_keys)
-        limits = {"first_token_s": 20.0, "inter_token_s": 20.0, "request_s": 60.0, **deadlines}
-        self.stages = Stages(self.backend, self.encoder, self.resident, Deadlines(**limits))
+        self.request_s = request_s
+        deadlines = Deadlines(**{"first_token_s": 20.0, "inter_token_s": 20.0, "restart_wait_s": 20.0, **waits})
+        self.stages = Stages(self.backend, self.encoder, self.resident, deadlines)
 
     async def run(self, *keys: str, stream: bool = True) -> list[TokenEvent]:
         request = ValidRequest((7,) * max(1, len(keys)), keys, tuple(range(len(keys))), SamplingParams(stream=stream))
-        return [event async for event in self.stages.run(request, PIXELS, Trace())]
+        end = asyncio.get_running_loop().time() + self.request_s
+        return [event async for event in self.stages.run(request, PIXELS, Trace(), end)]
 
 
 def tokens(events: list[TokenEvent]) -> list[int]:
@@ -67,29 +87,113 @@ async def test_a_decoder_that_lacks_what_was_sent_is_an_error() -> None:
         await rig.run(KEYS[0])
 
 
-async def test_a_decoder_that_cannot_be_reached_is_tried_again_before_the_first_token() -> None:
+async def test_a_request_waits_for_a_decoder_that_restarts_before_the_first_token() -> None:
     rig = Rig()
-    rig.backend.failures = [Unavailable("gone")]
+    rig.backend.failures = [Unavailable("gone"), Unavailable("gone"), Unavailable("not ready"), Unavailable("draining")]
     assert tokens(await rig.run()) == [1, 2, 3, 4, 5]
-    rig.backend.failures = [Unavailable("gone"), Unavailable("gone")]
-    with pytest.raises(Unavailable):
-        await rig.run()
 
 
-async def test_nothing_is_tried_again_after_the_first_token() -> None:
+async def test_a_request_waits_for_an_encoder_that_restarts() -> None:
     rig = Rig()
-    rig.backend.fail_after = (2, Unavailable("gone"))
+    rig.backend.encode_failure = Unavailable("gone")
+    running = asyncio.create_task(rig.run(KEYS[0]))
+    while rig.backend.num_encoded < 3:
+        await asyncio.sleep(0.01)
+    rig.backend.encode_failure = None
+    assert tokens(await running) == [1, 2, 3, 4, 5]
+
+
+async def test_a_stage_that_does_not_come_back_is_waited_for_no_longer_than_the_setting_says() -> None:
+    rig = Rig(restart_wait_s=0.5)
+    rig.backend.failures = [Unavailable("gone", retry_after_s=7)] * 50
+    with pytest.raises(Unavailable) as caught:
+        await rig.run()
+    assert caught.value.retry_after_s == 7
+    assert 1 < len(rig.backend.requests) < 10
+
+
+async def test_waiting_for_a_stage_ends_when_the_client_leaves() -> None:
+    rig = Rig()
+    rig.backend.failures = [Unavailable("gone")] * 50
+    running = asyncio.create_task(rig.run())
+    while not rig.backend.requests:
+        await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+async def test_a_request_that_was_in_a_decoder_twice_when_it_died_is_not_given_to_a_third() -> None:
+    rig = Rig()
+    rig.backend.failures = [Unavailable("draining"), Lost("died"), Unavailable("not ready"), Lost("died"), Lost("died")]
     with pytest.raises(Unavailable):
         await rig.run()
+    assert len(rig.backend.requests) == 4
+
+
+async def test_one_death_of_a_decoder_is_survived() -> None:
+    rig = Rig()
+    rig.backend.failures = [Lost("died"), Unavailable("not ready")]
+    assert tokens(await rig.run()) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_nothing_is_tried_again_after_the_first_token(stream: bool) -> None:
+    rig = Rig()
+    rig.backend.fail_after = (1, Unavailable("gone"))
+    with pytest.raises(Unavailable):
+        await rig.run(stream=stream)
     assert len(rig.backend.requests) == 1
 
 
-async def test_other_errors_are_not_tried_again() -> None:
+async def test_all_attempts_and_pauses_share_one_deadline() -> None:
+    rig = Rig(request_s=0.6)
+    rig.backend.failures = [Unavailable("gone")]
+    rig.backend.step_s = 30
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(StageTimeout):
+        await rig.run(stream=False)
+    assert asyncio.get_running_loop().time() - began < 2 * 0.6
+    assert len(rig.backend.requests) == 2
+    rig = Rig(request_s=0.3)
+    rig.backend.encode_s = 30
+    with pytest.raises(StageTimeout):
+        await rig.run(KEYS[0])
+    await asyncio.sleep(0.01)
+    assert rig.backend.num_encoding == 0
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("no", param="prompt"), Overloaded("full", retry_after_s=1)])
+async def test_other_errors_are_not_tried_again(error: CrossgateError) -> None:
     rig = Rig()
-    rig.backend.failures = [InvalidRequest("no", param="prompt")]
-    with pytest.raises(InvalidRequest):
+    rig.backend.failures = [error]
+    with pytest.raises(type(error)):
         await rig.run()
     assert len(rig.backend.requests) == 1
+    rig.backend.encode_failure = error
+    with pytest.raises(type(error)):
+        await rig.run(KEYS[0])
+    assert rig.backend.num_encoded == 1
+
+
+async def test_kept_latents_do_not_outlive_the_encoder_that_made_them() -> None:
+    rig = Rig(cache_bytes=1 << 20)
+    await rig.run(*KEYS)
+    new = b"n" * 32
+    rig.backend.resident = set()  # Triton came back with other weights
+    rig.backend.encoder_checkpoint = rig.backend.decoder_checkpoint = new
+    assert tokens(await rig.run(*KEYS)) == [1, 2, 3, 4, 5]
+    assert {latents.checkpoint for latents in rig.backend.latents.values()} == {new}
+    assert rig.backend.num_encoded == 6
+
+
+async def test_stages_of_different_checkpoints_answer_nothing_about_a_picture() -> None:
+    rig = Rig(cache_bytes=1 << 20, restart_wait_s=0.5)
+    rig.backend.encoder_checkpoint = b"n" * 32
+    with pytest.raises(OtherCheckpoint):
+        await rig.run(KEYS[0])
+    assert rig.backend.resident == set()
+    assert tokens(await rig.run()) == [1, 2, 3, 4, 5]
 
 
 async def test_a_finished_stream_is_not_cancelled() -> None:
@@ -109,10 +213,13 @@ async def test_a_decoder_that_says_nothing_is_a_timeout() -> None:
     rig.backend.step_s = 30
     with pytest.raises(StageTimeout):
         await rig.run()
-    rig = Rig(request_s=0.01)
+    rig = Rig(first_token_s=0.01)
     rig.backend.step_s = 30
     with pytest.raises(StageTimeout):
         await rig.run(stream=False)
+    rig = Rig(inter_token_s=0.01)
+    rig.backend.step_s = 0.02
+    assert tokens(await rig.run(stream=False)) == [1, 2, 3, 4, 5], "an unstreamed answer may take its time"
 
 
 async def test_an_encoder_that_says_nothing_is_a_timeout() -> None:
@@ -120,40 +227,6 @@ async def test_an_encoder_that_says_nothing_is_a_timeout() -> None:
     rig.backend.encode_s = 30
     with pytest.raises(StageTimeout):
         await rig.run(KEYS[0])
-
-
-async def test_a_picture_that_many_want_is_encoded_once() -> None:
-    rig = Rig()
-    rig.backend.encode_gate = asyncio.Event()
-    wanting = [asyncio.create_task(rig.encoder.latents(KEYS[0], PIXELS[KEYS[0]])) for _ in range(5)]
-    await asyncio.sleep(0)
-    wanting[0].cancel()
-    await asyncio.sleep(0)
-    rig.backend.encode_gate.set()
-    results = await asyncio.gather(*wanting, return_exceptions=True)
-    assert isinstance(results[0], asyncio.CancelledError)
-    assert all(isinstance(result, np.ndarray) for result in results[1:])
-    assert rig.backend.num_encoded == 1
-
-
-async def test_an_encoding_that_nobody_wants_any_more_is_cancelled_and_can_be_asked_for_again() -> None:
-    rig = Rig()
-    rig.backend.encode_gate = asyncio.Event()
-    wanting = asyncio.create_task(rig.encoder.latents(KEYS[0], PIXELS[KEYS[0]]))
-    await asyncio.sleep(0)
-    wanting.cancel()
-    await asyncio.gather(wanting, return_exceptions=True)
-    rig.backend.encode_gate.set()
-    assert (await rig.encoder.latents(KEYS[0], PIXELS[KEYS[0]])).shape == (4, 8)
-
-
-async def test_kept_latents_are_bounded_in_bytes_and_the_oldest_goes_first() -> None:
-    rig = Rig(cache_bytes=2 * 4 * 8 * 4)
-    for key in (*KEYS[:2], KEYS[0], KEYS[2], KEYS[0]):
-        await rig.encoder.latents(key, PIXELS[key])
-    assert rig.backend.num_encoded == 3
-    await rig.encoder.latents(KEYS[1], PIXELS[KEYS[1]])
-    assert rig.backend.num_encoded == 4
 
 
 async def test_the_memory_of_resident_keys_is_bounded() -> None:

@@ -1,0 +1,78 @@
+"""Whether the models answer, asked in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.gateway.stages.heartbeat import Heartbeat
+
+pytestmark = pytest.mark.asyncio
+
+
+class Models:
+    """`answers`: what the next beats find, the last one for ever; an exception is raised. `gate`: beats wait for it."""
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        self.answers = list(answers)
+        self.num_asked = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def ask(self) -> bool:
+        self.num_asked += 1
+        await self.gate.wait()
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@asynccontextmanager
+async def beating(models: Models, *, period_s: float, timeout_s: float = 20.0) -> AsyncIterator[Heartbeat]:
+    heartbeat = Heartbeat(models.ask, period_s=period_s, timeout_s=timeout_s)
+    running = asyncio.create_task(heartbeat.run())
+    try:
+        yield heartbeat
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_asking_whether_all_is_well_asks_the_models_nothing() -> None:
+    models = Models(True)
+    async with beating(models, period_s=60) as heartbeat:
+        assert all(await asyncio.gather(*(heartbeat.ready() for _ in range(500))))
+    assert models.num_asked == 1
+
+
+async def test_before_the_first_result_it_is_waited_for_and_not_for_ever() -> None:
+    models = Models(True)
+    models.gate.clear()
+    async with beating(models, period_s=60, timeout_s=0.05) as heartbeat:
+        assert not await heartbeat.ready()
+        models.gate.set()
+        assert await heartbeat.ready()
+
+
+async def test_a_model_that_falls_silent_and_comes_back_is_noticed() -> None:
+    models = Models(True, False, RuntimeError("a bug"), True)
+    seen: list[bool] = []
+    async with beating(models, period_s=0.02) as heartbeat, asyncio.timeout(20):
+        while seen != [True, False, True]:
+            ready = await heartbeat.ready()
+            if seen[-1:] != [ready]:
+                seen.append(ready)
+            await asyncio.sleep(0.001)
+
+
+async def test_a_result_that_is_old_is_none() -> None:
+    models = Models(True)
+    async with beating(models, period_s=0.01, timeout_s=0.05) as heartbeat:
+        assert await heartbeat.ready()
+        models.gate.clear()
+        await asyncio.sleep(0.2)
+        assert not await heartbeat.ready()
