@@ -90,7 +90,7 @@ class Admission:
     async def enter(self, key: str | None) -> None:
         if self._draining:
             raise Unavailable("The server is shutting down.", retry_after_s=RETRY_AFTER_S)
-        if self._may_run(key) and not self.waiting_of(key):
+        if self._may_run(key):  # then none of this key waits: a place that it may have is not left free
             self._running[key] += 1
             return
         if not self._may_wait(key):
