@@ -26,6 +26,7 @@ from service.errors import InvalidRequest
 
 VISION_ENCODER = "vision_encoder"
 FUSED_DECODER = "fused_decoder"
+MAX_STOP_TOKEN_IDS = 64
 
 
 class FinishReason(StrEnum):

@@ -24,11 +24,12 @@ def main() -> int:
         tracing, end_tracing = configure_tracing(os.environ)
         backend = _backend(settings, family, tracing)
         app = create_app(settings, family, load_tokenizer(settings.model_path), backend, tracing)
-        listener = listen(settings.host, settings.port)
+        ports = [settings.port] if settings.ops_port is None else [settings.port, settings.ops_port]
+        listeners = [listen(settings.host, port) for port in ports]
+        serve(app, settings, listeners)
     except CrossgateError as error:
         print(f"crossgate: {error.message}", file=sys.stderr)
         return 2
-    serve(app, listener, settings.drain_timeout_s)
     end_tracing()
     return 0
 

@@ -74,6 +74,7 @@ class Pipeline:
             self._tracing.passed("admission", clock.waited_s)
             pictures = await self._pictures.read(question.pictures)
             request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
+            question.drop()
             pixels = {picture.key: picture.pixels for picture in pictures}
             trace = Trace()
             text = _Text(self._vocabulary, question.stop)

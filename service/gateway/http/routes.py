@@ -10,22 +10,26 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import CrossgateError, InvalidRequest, NotFound
+from service.errors import CrossgateError
 from service.gateway.http.auth import bearer_check
+from service.gateway.http.bodies import BodyBudget
 from service.gateway.http.docs import CHAT_DOCS, GENERATE_DOCS
-from service.gateway.http.forms import parse_form
+from service.gateway.http.questions import QuestionReader, check_model
 from service.gateway.http.replies import ChatReply, GenerateReply, Reply
-from service.gateway.http.schemas import ChatBody, GenerateBody
 from service.gateway.http.sse import EventStream, or_disconnected
-from service.gateway.http.validation import parse_json
 from service.gateway.pipeline import Piece, Pipeline
-from service.gateway.question import Question, SamplingDefaults
+from service.gateway.question import Question
 from service.gateway.settings import Settings
 from service.gateway.telemetry.metrics import Metrics
 
 
 def model_routes(
-    settings: Settings, pipeline: Pipeline, metrics: Metrics, chat_defaults: SamplingDefaults, created: int
+    settings: Settings,
+    bodies: BodyBudget,
+    questions: QuestionReader,
+    pipeline: Pipeline,
+    metrics: Metrics,
+    created: int,
 ) -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[Depends(bearer_check(settings.read_api_keys()))])
     served_name = settings.served_name
@@ -34,24 +38,16 @@ def model_routes(
     @router.post("/generate", openapi_extra=GENERATE_DOCS)
     async def generate(request: Request) -> Response:
         """Text for a prompt with pictures, whole or streamed. Greedy unless asked otherwise."""
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            body, uploads = await parse_form(request, settings.max_body_bytes)
-        elif kind == "application/json":
-            body, uploads = parse_json(GenerateBody, await request.body()), ()
-        else:
-            raise InvalidRequest("The body must be application/json or multipart/form-data.")
-        check_model(body.model)
-        question = body.question(uploads)
-        return await reply(request, question, GenerateReply(served_name, question))
+        async with bodies.lease() as lease:
+            question = await questions.generate(request, lease)
+            return await reply(request, question, GenerateReply(served_name, question))
 
     @router.post("/chat/completions", openapi_extra=CHAT_DOCS)
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions with pictures as data URLs, whole or streamed."""
-        body = parse_json(ChatBody, await request.body())
-        check_model(body.model)
-        question = body.question(chat_defaults)
-        return await reply(request, question, ChatReply(served_name, question))
+        async with bodies.lease() as lease:
+            question = await questions.chat(request, lease)
+            return await reply(request, question, ChatReply(served_name, question))
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -59,12 +55,8 @@ def model_routes(
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        check_model(model)
+        check_model(model, served_name)
         return card
-
-    def check_model(name: str | None) -> None:
-        if name is not None and name != served_name:
-            raise NotFound(f"The model served here is {served_name}.", param="model")
 
     async def reply(request: Request, question: Question, reply: Reply) -> Response:
         pieces = pipeline.answer(question)
