@@ -2,7 +2,10 @@
 
     CrossgateError
     ├── InvalidRequest        400  the caller's mistake; names the field
-    │   └── TooLarge          413  bytes, pixels, pictures or tokens past a limit
+    │   ├── TooLarge          413  bytes, pixels, pictures or tokens past a limit
+    │   ├── RequestTimeout    408  a head or a body that did not come in time
+    │   ├── HeadTooLarge      431  a head with too many bytes or lines
+    │   └── UnsupportedMedia  415  a body in a form or an encoding that is not read here
     ├── Unauthorized          401
     ├── NotFound              404
     ├── Overloaded            429  with Retry-After
@@ -60,6 +63,18 @@ class TooLarge(InvalidRequest):
     status, code = 413, "too_large"
 
 
+class RequestTimeout(InvalidRequest):
+    status, code = 408, "request_timeout"
+
+
+class HeadTooLarge(InvalidRequest):
+    status, code = 431, "head_too_large"
+
+
+class UnsupportedMedia(InvalidRequest):
+    status, code = 415, "unsupported_media"
+
+
 class Unauthorized(CrossgateError):
     status, code, kind = 401, "unauthorized", "authentication_error"
 
@@ -101,6 +116,9 @@ class Internal(CrossgateError):
 ALL_ERRORS: tuple[type[CrossgateError], ...] = (
     InvalidRequest,
     TooLarge,
+    RequestTimeout,
+    HeadTooLarge,
+    UnsupportedMedia,
     Unauthorized,
     NotFound,
     Overloaded,

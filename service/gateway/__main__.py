@@ -29,13 +29,14 @@ def main() -> int:
         tracing, end_tracing = configure_tracing(os.environ)
         backend = _backend(settings, family, tracing)
         app = create_app(settings, family, load_tokenizer(settings.model_path), backend, tracing)
-        listener = listen(settings.host, settings.port, settings.client_timeout_s)
+        ports = [settings.port] if settings.ops_port is None else [settings.port, settings.ops_port]
+        listeners = [listen(settings.host, port, settings.client_timeout_s) for port in ports]
+        if not settings.has_keys and not _is_local(listeners[0]):
+            log.warning("no API keys are set: everybody who reaches %s may ask", settings.host)
+        serve(app, settings, listeners)
     except CrossgateError as error:
         print(f"crossgate: {error.message}", file=sys.stderr)
         return 2
-    if not settings.has_keys and not _is_local(listener):
-        log.warning("no API keys are set: everybody who reaches %s may ask", settings.host)
-    serve(app, listener, settings.drain_timeout_s)
     end_tracing()
     return 0
 

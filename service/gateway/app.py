@@ -23,10 +23,14 @@ from service.errors import CrossgateError, InvalidRequest, NotFound, Unauthorize
 from service.families import Family
 from service.families.family import read_json
 from service.gateway.admission import Admission
+from service.gateway.http.bodies import BodyBudget
 from service.gateway.http.docs import install_docs
 from service.gateway.http.edge import Edge
+from service.gateway.http.farewell import Farewell
 from service.gateway.http.keys import KeyRing
+from service.gateway.http.ops import OpsPort
 from service.gateway.http.probes import probe_routes
+from service.gateway.http.questions import QuestionReader
 from service.gateway.http.routes import model_routes
 from service.gateway.http.validation import invalid_request
 from service.gateway.pictures.encode import PictureEncoder
@@ -86,6 +90,22 @@ def create_app(
         settings.request_timeout_s,
     )
 
+    bodies = BodyBudget(
+        max_bytes=settings.max_inflight_body_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        timeout_s=settings.body_timeout_s,
+    )
+    parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bodies")
+    questions = QuestionReader(
+        served_name=settings.served_name,
+        max_images=settings.max_images,
+        max_json_bytes=settings.max_json_bytes,
+        max_prompt_tokens=family.decoder.max_positions,
+        chat_defaults=chat_defaults(family.folder),
+        bodies=bodies,
+        threads=parser,
+    )
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         beating = asyncio.create_task(heartbeat.run())
@@ -94,19 +114,16 @@ def create_app(
         await asyncio.gather(beating, return_exceptions=True)
         await backend.close()
         threads.shutdown(wait=False, cancel_futures=True)
+        parser.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="Crossgate", lifespan=lifespan)
     app.state.admission = admission
-    defaults = chat_defaults(family.folder)
-    app.include_router(model_routes(settings, keys, pipeline, metrics, defaults, int(time.time())))
+    app.state.bodies = bodies
+    app.include_router(model_routes(settings, keys, questions, pipeline, metrics, int(time.time())))
     app.include_router(probe_routes(admission, heartbeat, metrics))
-    app.add_middleware(
-        Edge,
-        metrics=metrics,
-        tracing=tracing,
-        max_body_bytes=settings.max_body_bytes,
-        client_timeout_s=settings.client_timeout_s,
-    )
+    app.add_middleware(OpsPort, port=settings.ops_port)  # the last one is the outermost
+    app.add_middleware(Edge, metrics=metrics, tracing=tracing)
+    app.add_middleware(Farewell, draining=lambda: admission.draining)
     install_docs(app)
     install_errors(app, metrics)
     return app

@@ -88,6 +88,7 @@ class Pipeline:
                     self._tracing.passed("admission", clock.waited_s)
                     pictures = await self._pictures.read(question.pictures)
                     request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
+                question.drop()
                 record.prompt_tokens, record.completion_tokens = len(request.input_ids), 0
                 pixels = {picture.key: picture.pixels for picture in pictures}
                 text = _Text(self._vocabulary, question.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ class PictureSource:
     field: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
     """A request that is well formed; its pictures and its prompt are still to be read.
 
     `prompt`: text with `<image>` marks, token ids, or chat messages in `transformers`' form (role, and content as a
     list of {"type": "text", "text"} and {"type": "image"}). `sampling.max_tokens` counts only if `max_tokens_given`.
+    `on_dropped`: told when prompt and pictures are no longer needed, which is long before the answer ends.
     """
 
     prompt: str | tuple[int, ...] | list[dict[str, Any]]
@@ -32,6 +34,12 @@ class Question:
     stream: bool
     return_token_ids: bool = False
     include_usage: bool = False
+    on_dropped: Callable[[], None] = lambda: None
+
+    def drop(self) -> None:
+        """Its prompt and its pictures, once they are read."""
+        self.prompt, self.pictures = (), ()
+        self.on_dropped()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import InvalidRequest
@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     model_path: Path = Field(validation_alias="MODEL_PATH")
     host: str = Field("127.0.0.1", validation_alias="HOST")
     port: int = Field(8000, ge=0, le=65535, validation_alias="PORT")
+    ops_port: int | None = Field(None, ge=1, le=65535)  # probes and metrics listen there alone; unset: at PORT, too
     triton_url: str = Field("127.0.0.1:8001", validation_alias="TRITON_URL")  # gRPC host:port
     model_name: str = ""  # as clients call it; empty: the name of the checkpoint's folder
 
@@ -45,6 +46,10 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
     max_image_pixels: int = Field(32_000_000, ge=1, le=89_000_000)  # of one picture; Pillow's own limit is above it
     max_body_bytes: int = Field(64 << 20, ge=1)
+    max_json_bytes: int = Field(1 << 20, ge=1)  # of a body, apart from the pictures in it
+    max_inflight_body_bytes: int = Field(128 << 20, ge=1)  # of all bodies together, until their pictures are decoded
+    max_header_bytes: int = Field(16 << 10, ge=1024)  # of one request
+    max_connections: int = Field(1024, ge=1)
     max_concurrent_requests: int = Field(64, ge=1)
     max_shared_requests: int = Field(8, ge=1)  # of the above, while several keys share them: docs/keys.md says more
     max_queue: int = Field(128, ge=0)  # requests that wait for one of the above
@@ -58,13 +63,24 @@ class Settings(BaseSettings):
     restart_wait_s: float = Field(60.0, ge=0)  # of a request without its first token, for a stage that restarts
     heartbeat_period_s: float = Field(2.0, gt=0)
     heartbeat_timeout_s: float = Field(5.0, gt=0)
-    client_timeout_s: float = Field(60.0, gt=0)  # for a client to send the next or take the last piece
+    client_timeout_s: float = Field(60.0, gt=0)  # for a client to take the last piece
+    header_timeout_s: float = Field(10.0, gt=0)  # for a client to send the whole head of a request
+    body_timeout_s: float = Field(60.0, gt=0)  # for a client to send the whole body
     ping_interval_s: float = Field(10.0, gt=0)  # of silence in a stream, then a comment
+    keep_alive_s: float = Field(75.0, gt=0)  # for an idle connection; above the 60 s after which balancers close theirs
     drain_timeout_s: float = Field(30.0, ge=0)
 
     latents_cache_bytes: int = Field(64 << 20, ge=0)
     max_resident_keys: int = Field(4096, ge=0)  # pictures that we remember the decoder to hold
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @field_validator("max_inflight_body_bytes")
+    @classmethod
+    def _holds_the_longest(cls, value: int, info: ValidationInfo) -> int:
+        """A quarter is kept for small bodies, and the longest must fit into the rest, or it would never be read."""
+        if value // 4 * 3 < info.data.get("max_body_bytes", 0):
+            raise ValueError("three quarters of it must hold CROSSGATE_MAX_BODY_BYTES")
+        return value
 
     @property
     def served_name(self) -> str:

@@ -59,7 +59,7 @@ def serve(settings: LaunchSettings, family: Family, port: int, *, question: bool
     try:
         with supervisor.running():
             if supervisor.wait_until_ready():
-                if not answers_within(settings.client_host, port, "/readyz", timeout_s=60.0):
+                if not answers_within(settings.client_host, settings.ops_port or port, "/readyz", timeout_s=60.0):
                     raise Unavailable(f"The models are loaded but do not answer; see {log_folder(port)}.")
                 say(
                     f"ready in {time.monotonic() - begin_s:.1f} s (Triton and the models {triton.ready_s:.1f} s, the "

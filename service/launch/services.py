@@ -52,7 +52,7 @@ def _gateway(settings: LaunchSettings, family: Family, port: int, ports: TritonP
     return Service(
         name="gateway",
         start=lambda: Child(command, environment, death_signal=signal.SIGTERM, log=log),
-        is_ready=lambda: answers(settings.client_host, port, "/livez"),
+        is_ready=lambda: answers(settings.client_host, settings.ops_port or port, "/livez"),
         explain=lambda: _reason(log),
         stop_timeout_s=DRAIN_TIMEOUT_S,
     )

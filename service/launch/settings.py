@@ -19,13 +19,14 @@ WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """`model_path` None: the demo. `num_threads`: of each model process."""
+    """`model_path` None: the demo. `ops_port` None: the gateway answers probes at its one port."""
 
     model_path: Path | None
     host: str
     port: int
     device: str
-    num_threads: int
+    num_threads: int  # of each model process
+    ops_port: int | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LaunchSettings:
@@ -37,6 +38,7 @@ class LaunchSettings:
             port=_integer(environment, "PORT", 8000, range(65536)),
             device=environment.get("DEVICE") or ("cuda" if has_gpu() else "cpu"),
             num_threads=_integer(environment, "CROSSGATE_NUM_THREADS", num_cores(), range(1, 1025)),
+            ops_port=_integer(environment, "CROSSGATE_OPS_PORT", 0, range(1, 65536)) or None,
         )
 
     @property

@@ -8,13 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer
 
 from service.families import Family
 from service.gateway.app import create_app
-from service.gateway.http.server import DrainingServer, listen
+from service.gateway.http.server import listen, make_server
 from service.gateway.settings import Settings
 from tests.gateway.checkpoints import byte_level_tokenizer, make_family
 from tests.gateway.fakes import FakeBackend
@@ -75,8 +74,8 @@ def serve(make_app: MakeApp) -> Connect:
     async def served(*, drain_timeout_s: float = 10.0, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
         app = make_app(**changes)
         listener = listen("127.0.0.1", 0, changes.get("client_timeout_s", 60.0))
-        config = uvicorn.Config(app, log_config=None, access_log=False)
-        server = DrainingServer(config, app.state.admission, drain_timeout_s)
+        settings = Settings(model_path=Path(), **{"drain_timeout_s": drain_timeout_s, **changes})
+        server = make_server(app, settings)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

@@ -1,8 +1,7 @@
-"""The outermost layer, around every request: its id, its log line, the limit of its body, and the last catch-all."""
+"""The outermost layer, around every request: its id, its log line, and the last catch-all."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -13,7 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Internal, InvalidRequest, TooLarge
+from service.errors import Internal
+from service.gateway.http.ops import OPS_PATHS
 from service.gateway.telemetry.logs import request_id
 from service.gateway.telemetry.metrics import Metrics
 from service.gateway.telemetry.record import Record
@@ -23,24 +23,19 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-QUIET_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 CLIENT_LEFT = 499  # never sent; nginx's number, for logs and metrics
 
 
 class Edge:
-    def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing, max_body_bytes: int, client_timeout_s: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing
-        self._max_body_bytes = max_body_bytes
-        self._client_timeout_s = client_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"] in QUIET_PATHS:
+        elif scope["path"] in OPS_PATHS:
             await self._handle(scope, receive, send)
         else:
             with self._tracing.request(scope["method"], Headers(scope=scope)) as span:
@@ -64,15 +59,11 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = current
-            try:
-                async with asyncio.timeout(self._client_timeout_s):
-                    await send(message)
-            except TimeoutError as error:  # a client that takes nothing
-                raise ClientDisconnect from error
+            await send(message)
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
-            await self._app(scope, self._limited(receive), send_with_id)
+            await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
         except Exception:
@@ -87,33 +78,11 @@ class Edge:
             request_id.reset(token)
         return status
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that counts the bytes which really come and, until the body has ended, waits only so long."""
-        num_bytes = 0
-        ended = False
-
-        async def limited() -> Message:
-            nonlocal num_bytes, ended
-            if ended:
-                return await receive()
-            try:
-                async with asyncio.timeout(self._client_timeout_s):
-                    message = await receive()
-            except TimeoutError as error:
-                raise InvalidRequest("The body did not come in time.") from error
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise TooLarge(f"A body takes at most {self._max_body_bytes} bytes.")
-            ended = not message.get("more_body", False)
-            return message
-
-        return limited
-
     def _tell(self, scope: Scope, status: int, seconds: float, record: Record) -> None:
         self._metrics.http_requests.labels(_route(scope), status).inc()
         path = scope["path"]
         fields = {"method": scope["method"], "path": path[:200], "status": status, "ms": round(seconds * 1e3, 1)}
-        level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+        level = logging.DEBUG if path in OPS_PATHS else logging.INFO
         log.log(level, "request", extra={"fields": fields | record.fields()})
 
 

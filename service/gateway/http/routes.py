@@ -10,17 +10,15 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import CrossgateError, InvalidRequest, NotFound
+from service.errors import CrossgateError
 from service.gateway.http.auth import key_check
 from service.gateway.http.docs import CHAT_DOCS, GENERATE_DOCS
-from service.gateway.http.forms import parse_form
 from service.gateway.http.keys import KeyRing
+from service.gateway.http.questions import QuestionReader, check_model
 from service.gateway.http.replies import ChatReply, GenerateReply, Reply
-from service.gateway.http.schemas import ChatBody, GenerateBody
 from service.gateway.http.sse import EventStream, or_disconnected
-from service.gateway.http.validation import parse_json
 from service.gateway.pipeline import Piece, Pipeline
-from service.gateway.question import Question, SamplingDefaults
+from service.gateway.question import Question
 from service.gateway.settings import Settings
 from service.gateway.telemetry.metrics import Metrics
 from service.gateway.telemetry.record import Record
@@ -29,9 +27,9 @@ from service.gateway.telemetry.record import Record
 def model_routes(
     settings: Settings,
     keys: KeyRing | None,
+    questions: QuestionReader,
     pipeline: Pipeline,
     metrics: Metrics,
-    chat_defaults: SamplingDefaults,
     created: int,
 ) -> APIRouter:
     """`keys` None: the door is open."""
@@ -42,23 +40,13 @@ def model_routes(
     @router.post("/generate", openapi_extra=GENERATE_DOCS)
     async def generate(request: Request) -> Response:
         """Text for a prompt with pictures, whole or streamed. Greedy unless asked otherwise."""
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            body, uploads = await parse_form(request, settings.max_body_bytes)
-        elif kind == "application/json":
-            body, uploads = parse_json(GenerateBody, await request.body()), ()
-        else:
-            raise InvalidRequest("The body must be application/json or multipart/form-data.")
-        check_model(body.model)
-        question = body.question(uploads)
+        question = await questions.generate(request)
         return await reply(request, question, GenerateReply(served_name, question, request.state.record.request_id))
 
     @router.post("/chat/completions", openapi_extra=CHAT_DOCS)
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions with pictures as data URLs, whole or streamed."""
-        body = parse_json(ChatBody, await request.body())
-        check_model(body.model)
-        question = body.question(chat_defaults)
+        question = await questions.chat(request)
         return await reply(request, question, ChatReply(served_name, question, request.state.record.request_id))
 
     @router.get("/models")
@@ -67,25 +55,25 @@ def model_routes(
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        check_model(model)
+        check_model(model, served_name)
         return card
-
-    def check_model(name: str | None) -> None:
-        if name is not None and name != served_name:
-            raise NotFound(f"The model served here is {served_name}.", param="model")
 
     async def reply(request: Request, question: Question, reply: Reply) -> Response:
         record: Record = request.state.record
         record.streamed = question.stream
         pieces = pipeline.answer(question, record)
         if not question.stream:
-            return JSONResponse(reply.whole(await or_disconnected(request.receive, _all(pieces))))
+            try:
+                return JSONResponse(reply.whole(await or_disconnected(request.receive, _all(pieces))))
+            finally:
+                question.drop()
 
         def failed(error: CrossgateError) -> None:
             record.error = error
             metrics.failure.labels(error.code).inc()
 
-        return EventStream(_chunks(reply, pieces), ping_interval_s=settings.ping_interval_s, on_error=failed)
+        chunks = _chunks(reply, pieces)
+        return EventStream(chunks, ping_interval_s=settings.ping_interval_s, on_error=failed, on_end=question.drop)
 
     return router
 

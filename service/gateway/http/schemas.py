@@ -6,16 +6,26 @@ of tokens, pixels or HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from annotated_types import GroupedMetadata, MaxLen, MinLen
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticKnownError
 
-from service.contract import SamplingParams
+from service.contract import MAX_STOP_TOKEN_IDS, SamplingParams
 from service.errors import InvalidRequest
 from service.gateway.question import PictureSource, Question, SamplingDefaults
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
+MAX_NAME_CHARS = 512
+MAX_IMAGES = 1024  # of a list; the setting of that name is checked later, and by name
+MAX_MESSAGES = 1024
+MAX_PROMPT_TOKENS = 1 << 20  # the context's length is the real limit; it comes as the validation's context
+MAX_PARTS = 1024  # of all messages
+MAX_KEYS = 64  # of an object: each unknown one is an error to be told
 REPLY_KEYS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # name -> values that ask for nothing
     "logprobs": (False,),
@@ -37,17 +47,62 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # name -> values that ask for nothi
 }
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+@dataclass(frozen=True)
+class AtMost(GroupedMetadata):
+    """A list that is so long at most, and ends at its first mistake: each would be an error to be told."""
 
-    model: str | None = None
+    max_length: int
+
+    def __iter__(self) -> Iterator[object]:
+        yield FailFast()
+        yield MaxLen(self.max_length)
+
+
+def _short(value: Any, max_length: int) -> Any:
+    """Length before content."""
+    if isinstance(value, list | dict) and len(value) > max_length:
+        kind = type(value).__name__.capitalize()
+        raise PydanticKnownError(
+            "too_long", {"field_type": kind, "max_length": max_length, "actual_length": len(value)}
+        )
+    return value
+
+
+def _fits(value: Any, info: ValidationInfo[int | None]) -> Any:
+    return _short(value, info.context or MAX_PROMPT_TOKENS)
+
+
+def _few_parts(messages: Any) -> Any:
+    if isinstance(_short(messages, MAX_MESSAGES), list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
+            raise InvalidRequest(f"messages hold at most {MAX_PARTS} parts.", param="messages")
+    return messages
+
+
+TokenIds = Annotated[list[int], AtMost(MAX_PROMPT_TOKENS), BeforeValidator(_fits)]
+
+
+class _Object(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, data: Any) -> Any:
+        return _short(data, MAX_KEYS)
+
+
+class _Body(_Object):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], AtMost(MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[int], AtMost(MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool = False
     stream: bool = False
 
@@ -72,8 +127,6 @@ class _Body(BaseModel):
 
     def _stop(self) -> tuple[str, ...]:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings.", param="stop")
         if not all(0 < len(text) <= MAX_STOP_CHARS for text in stop):
             raise InvalidRequest(f"A stop string has 1 to {MAX_STOP_CHARS} characters.", param="stop")
         return stop
@@ -82,8 +135,8 @@ class _Body(BaseModel):
 class GenerateBody(_Body):
     """Body of /v1/generate. `images` are data URLs; as multipart, `image` files stand in their place."""
 
-    prompt: str | list[int]
-    images: list[str] = []
+    prompt: str | TokenIds
+    images: Annotated[list[str], AtMost(MAX_IMAGES)] = []
     return_token_ids: bool = False
 
     def question(self, uploads: tuple[PictureSource, ...] = ()) -> Question:
@@ -100,28 +153,24 @@ class GenerateBody(_Body):
         )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TextPart(_Part):
+class TextPart(_Object):
     type: Literal["text"]
     text: str
 
 
-class ImageURL(_Part):
+class ImageURL(_Object):
     url: str
     detail: Literal["auto", "low", "high"] | None = None  # harmless: every picture is seen as the encoder sees it
 
 
-class ImagePart(_Part):
+class ImagePart(_Object):
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-class ChatMessage(_Part):
+class ChatMessage(_Object):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], AtMost(MAX_PARTS)]
 
     @model_validator(mode="before")
     @classmethod
@@ -132,7 +181,7 @@ class ChatMessage(_Part):
         return {name: value for name, value in data.items() if name not in REPLY_KEYS or value}
 
 
-class StreamOptions(_Part):
+class StreamOptions(_Object):
     include_usage: bool = False
     include_obfuscation: bool = False  # harmless: we never obfuscate
 
@@ -140,7 +189,7 @@ class StreamOptions(_Part):
 class ChatBody(_Body):
     """Body of /v1/chat/completions: OpenAI's, with `top_k`, `stop_token_ids` and `ignore_eos` beside it."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], AtMost(MAX_MESSAGES), MinLen(1), BeforeValidator(_few_parts)]
     max_completion_tokens: int | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import socket
 import time
+from collections import defaultdict
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -13,20 +16,41 @@ from fastapi import FastAPI
 
 from service.errors import InvalidRequest
 from service.gateway.admission import Admission
+from service.gateway.http.connections import Connection, ConnectionLimits, Listener
 from service.gateway.http.sockets import drop_stalled
+from service.gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-KEEP_ALIVE_S = 30
+OTHER_FILES = 256  # that are open beside connections
 
 
-def serve(app: FastAPI, listener: socket.socket, drain_timeout_s: float) -> None:
-    """Returns when the server has ended."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
-    host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", host, port)
-    DrainingServer(config, app.state.admission, drain_timeout_s).run(sockets=[listener])
+def serve(app: FastAPI, settings: Settings, listeners: list[socket.socket]) -> None:
+    """Returns when the server has ended. Raises InvalidRequest if the process may not open as many files as it must."""
+    allow_open_files(settings.max_connections * len(listeners) + OTHER_FILES)
+    for listener in listeners:
+        host, port = listener.getsockname()[:2]
+        log.info("listening on http://%s:%d", host, port)
+    make_server(app, settings).run(sockets=listeners)
+
+
+def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
+    limits = ConnectionLimits(
+        max_connections=settings.max_connections,
+        max_header_bytes=settings.max_header_bytes,
+        header_timeout_s=settings.header_timeout_s,
+        write_timeout_s=settings.client_timeout_s,
+    )
+    config = uvicorn.Config(
+        app,
+        http=partial(Connection, limits=limits, listeners=defaultdict(Listener)),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a fraction of a second will do
+    )
+    return DrainingServer(config, app.state.admission, settings.drain_timeout_s)
 
 
 def listen(host: str, port: int, client_timeout_s: float = 60.0) -> socket.socket:
@@ -41,6 +65,18 @@ def listen(host: str, port: int, client_timeout_s: float = 60.0) -> socket.socke
         raise InvalidRequest(f"Cannot listen on {host}:{port}: {error.strerror}.", param="PORT") from error
     drop_stalled(listener, client_timeout_s)
     return listener
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit where it is lower: without a free one no connection is accepted. Raises InvalidRequest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise InvalidRequest(
+            f"CROSSGATE_MAX_CONNECTIONS needs {count} open files, and this process may have {hard}.",
+            param="CROSSGATE_MAX_CONNECTIONS",
+        )
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 class DrainingServer(uvicorn.Server):

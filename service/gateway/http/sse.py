@@ -41,7 +41,7 @@ class EventStream(Response):
 
     The headers go out with the first of these. An error before them is raised, and so has its HTTP status; one after
     them becomes an `error` event, `on_error` is told, and the stream ends without `[DONE]`. When the client leaves,
-    the source is cancelled where it stands and ClientDisconnect is raised.
+    the source is cancelled where it stands and ClientDisconnect is raised. `on_end` is called however it ends.
     """
 
     def __init__(
@@ -50,19 +50,24 @@ class EventStream(Response):
         *,
         ping_interval_s: float,
         on_error: Callable[[CrossgateError], None],
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._source = source
         self._ping_interval_s = ping_interval_s
         self._on_error = on_error
+        self._on_end = on_end
         self._writing = asyncio.Lock()
         self._begun = False
         self._last_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._last_s = asyncio.get_running_loop().time()
-        await or_disconnected(receive, self._pump(send), self._ping(send))
+        try:
+            await or_disconnected(receive, self._pump(send), self._ping(send))
+        finally:
+            self._on_end()
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._source) as source:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 
 from service.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
+
+MAX_ERRORS = 100
 
 _EXPECTED = {
     "int": "an integer",
@@ -24,23 +26,15 @@ _EXPECTED = {
 }
 
 
-def parse_json(model: type[Model], body: bytes) -> Model:
-    """Types are strict: "1" is no integer. Raises InvalidRequest."""
-    try:
-        data = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequest("The body is not valid JSON.") from error
-    if not isinstance(data, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    return validate(model, data, strict=True)
+def validate(model: type[Model], data: dict[str, Any], *, strict: bool, max_prompt_tokens: int) -> Model:
+    """Types are strict: "1" is no integer; `strict` False also takes a form's strings for numbers and booleans.
 
-
-def validate(model: type[Model], data: dict[str, Any], *, strict: bool) -> Model:
-    """`strict` False also takes a form's strings for numbers and booleans. Raises InvalidRequest."""
+    Raises InvalidRequest. The models see to it that there are few errors: their lists stop at the first.
+    """
     try:
-        return model.model_validate(data, strict=strict)
+        return model.model_validate(data, strict=strict, context=max_prompt_tokens)
     except ValidationError as error:
-        raise invalid_request(error.errors(include_url=False, include_input=False), data) from error
+        raise invalid_request(error.errors(include_url=False, include_input=False)[:MAX_ERRORS], data) from error
 
 
 def invalid_request(problems: Sequence[ErrorDetails], data: Any) -> InvalidRequest:

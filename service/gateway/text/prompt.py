@@ -136,12 +136,12 @@ class PromptBuilder:
         return written
 
     def _check_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        if len(ids) > self._family.decoder.max_positions:
+        if len(ids) > self._family.decoder.max_positions:  # length before content
             raise self._over_long("prompt", len(ids))
         vocab_size = self._family.decoder.vocab_size
-        for index, token in enumerate(ids):
-            if not 0 <= token < vocab_size:
-                raise InvalidRequest(f"Token ids are between 0 and {vocab_size - 1}.", param=f"prompt[{index}]")
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            index = next(index for index, token in enumerate(ids) if not 0 <= token < vocab_size)
+            raise InvalidRequest(f"Token ids are between 0 and {vocab_size - 1}.", param=f"prompt[{index}]")
         return ids
 
     def _max_tokens(self, question: Question, num_prompt_tokens: int, field: str) -> int:
