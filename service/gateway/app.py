@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
+from service.cores import num_cores
 from service.errors import CrossgateError, InvalidRequest, NotFound, Unauthorized
 from service.families import Family
 from service.families.family import read_json
@@ -26,8 +26,9 @@ from service.gateway.http.edge import Edge
 from service.gateway.http.probes import probe_routes
 from service.gateway.http.routes import model_routes
 from service.gateway.http.validation import invalid_request
+from service.gateway.pictures.decode import PictureLimits
 from service.gateway.pictures.encode import PictureEncoder
-from service.gateway.pictures.read import PictureLimits, PictureReader
+from service.gateway.pictures.read import PictureReader
 from service.gateway.pictures.residency import ResidentKeys
 from service.gateway.pipeline import Pipeline
 from service.gateway.question import SamplingDefaults
@@ -38,6 +39,8 @@ from service.gateway.telemetry.metrics import Metrics
 from service.gateway.telemetry.tracing import Tracing
 from service.gateway.text.detokenize import Vocabulary
 from service.gateway.text.prompt import PromptBuilder
+
+MAX_DECODING_CORES = 4  # each worker process takes some 35 MB, used or not
 
 
 def create_app(
@@ -56,8 +59,16 @@ def create_app(
         on_end=lambda outcome: metrics.ended.labels(outcome).inc(),
     )
     metrics.watch(admission)
-    threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gateway")
-    limits = PictureLimits(settings.max_images, settings.max_image_bytes, settings.max_image_pixels)
+    threads = ThreadPoolExecutor(max_workers=num_cores(), thread_name_prefix="gateway")
+    pictures = PictureReader(
+        family,
+        PictureLimits(
+            settings.max_images, settings.max_image_bytes, settings.max_image_pixels, settings.picture_memory_bytes
+        ),
+        num_workers=settings.picture_workers or min(num_cores(), MAX_DECODING_CORES) + 1,
+        timeout_s=settings.picture_timeout_s,
+        max_wait_s=settings.first_token_timeout_s,
+    )
     encoder = PictureEncoder(
         backend.encode,
         timeout_s=settings.encode_timeout_s,
@@ -67,7 +78,7 @@ def create_app(
     deadlines = Deadlines(settings.first_token_timeout_s, settings.inter_token_timeout_s, settings.request_timeout_s)
     pipeline = Pipeline(
         admission,
-        PictureReader(family, limits, threads),
+        pictures,
         PromptBuilder(family, tokenizer, threads, settings.default_max_tokens),
         Stages(backend, encoder, ResidentKeys(settings.max_resident_keys), deadlines),
         Vocabulary(tokenizer),
@@ -77,7 +88,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        pictures.workers.start()
         yield
+        await pictures.workers.close()
         await backend.close()
         threads.shutdown(wait=False, cancel_futures=True)
 

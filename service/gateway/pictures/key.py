@@ -1,0 +1,15 @@
+"""The name by which gateway and decoder know a picture."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def picture_key(pixels: NDArray[np.uint8], identity: str) -> str:
+    """SHA-256 over everything on which the latents depend, in hex."""
+    digest = hashlib.sha256(f"{identity}\0{pixels.dtype.str}\0{pixels.shape}\0".encode())
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
