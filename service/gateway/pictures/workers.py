@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]  # has service/
 RETRY_AFTER_S = 1
 GRACE_S = 0.5  # for a picture that nobody waits for any more, before it costs a worker's start
 # memory of a large picture goes back to the system, not to a pool; numpy starts no threads
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8388608", "MALLOC_TRIM_THRESHOLD_": "8388608", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Workers:
