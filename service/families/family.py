@@ -124,7 +124,8 @@ class Target:
 class Family:
     """A checkpoint read by its family. The callables are pure.
 
-    `preprocess(picture)`: any PIL picture -> uint8 [3, H, W] RGB, what the encoder sees before normalisation.
+    `preprocess(picture)`: any PIL picture -> uint8 [3, H, W] RGB, what the encoder sees before normalisation. It can
+    be pickled, for the processes that decode pictures.
     `image_text(after_image)`: what stands in the prompt text for one picture; `after_image`: the text just before it
     is another picture's. `see(before, previous_token, picture)`: the sight of a token, from that of the token before
     it (() at the start), the id of that token (None at the start), and the ordinal of the picture that this token
@@ -217,9 +218,3 @@ def fused_target(name: str) -> Target:
         if f".{published}." in name:
             return Target(name.replace(published, ours), part)
     return Target(name)
-
-
-def resize_square(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Any picture -> uint8 [3, size, size] RGB, squeezed to a square, bicubic."""
-    picture = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1))

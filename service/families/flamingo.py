@@ -12,6 +12,7 @@ Weights: `vision.encoder.*`, `vision.resampler.*`, `decoder.*` with `transformer
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from service.families.family import (
     as_ids,
     fused_target,
     load_chat_template,
-    resize_square,
 )
+from service.families.pixels import resize_square
 
 MODEL_TYPES = ("crossgate_flamingo",)
 
@@ -68,7 +69,7 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
                 **cross,
             ),
         ),
-        preprocess=lambda picture: resize_square(picture, encoder.image_size),
+        preprocess=partial(resize_square, size=encoder.image_size),
         image_token_id=config["image_token_id"],
         image_text=lambda after_image: "<image>",
         see=see,

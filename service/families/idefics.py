@@ -7,6 +7,7 @@ nothing until the next picture. Tokens that see none get attention output 0; the
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from service.families.family import (
     fused_target,
     load_chat_template,
     read_json,
-    resize_square,
 )
+from service.families.pixels import resize_square
 
 MODEL_TYPES = ("idefics",)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -81,7 +82,7 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
                 unseen=Unseen.ZERO_ATTENTION,
             ),
         ),
-        preprocess=lambda picture: resize_square(picture, vision.encoder.image_size),
+        preprocess=partial(resize_square, size=vision.encoder.image_size),
         image_token_id=_token_id(folder, "<image>", vocab_size),
         image_text=lambda after_image: ("" if after_image else FAKE) + "<image>" + FAKE,
         see=see,

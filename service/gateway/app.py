@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
+from service.cores import num_cores
 from service.errors import CrossgateError, InvalidRequest, NotFound, Unauthorized
 from service.families import Family
 from service.families.family import read_json
@@ -33,8 +33,9 @@ from service.gateway.http.probes import probe_routes
 from service.gateway.http.questions import QuestionReader
 from service.gateway.http.routes import model_routes
 from service.gateway.http.validation import invalid_request
+from service.gateway.pictures.decode import PictureLimits
 from service.gateway.pictures.encode import PictureEncoder
-from service.gateway.pictures.read import PictureLimits, PictureReader
+from service.gateway.pictures.read import PictureReader
 from service.gateway.pictures.residency import ResidentKeys
 from service.gateway.pipeline import Pipeline
 from service.gateway.question import SamplingDefaults
@@ -48,6 +49,8 @@ from service.gateway.text.detokenize import Vocabulary
 from service.gateway.text.prompt import PromptBuilder
 
 log = logging.getLogger(__name__)
+
+MAX_DECODING_CORES = 4  # each worker process takes some 35 MB, used or not
 
 
 def create_app(
@@ -68,8 +71,16 @@ def create_app(
     )
     metrics.watch(admission)
     keys = _keys(settings, admission, metrics)
-    threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gateway")
-    limits = PictureLimits(settings.max_images, settings.max_image_bytes, settings.max_image_pixels)
+    threads = ThreadPoolExecutor(max_workers=num_cores(), thread_name_prefix="gateway")
+    pictures = PictureReader(
+        family,
+        PictureLimits(
+            settings.max_images, settings.max_image_bytes, settings.max_image_pixels, settings.picture_memory_bytes
+        ),
+        num_workers=settings.picture_workers or min(num_cores(), MAX_DECODING_CORES) + 1,
+        timeout_s=settings.picture_timeout_s,
+        max_wait_s=settings.first_token_timeout_s,
+    )
     encoder = PictureEncoder(
         backend.encode,
         max_calls=settings.max_concurrent_encodes,
@@ -81,7 +92,7 @@ def create_app(
     heartbeat = Heartbeat(backend.ready, period_s=settings.heartbeat_period_s, timeout_s=settings.heartbeat_timeout_s)
     pipeline = Pipeline(
         admission,
-        PictureReader(family, limits, threads),
+        pictures,
         PromptBuilder(family, tokenizer, threads, settings.default_max_tokens),
         Stages(backend, encoder, ResidentKeys(settings.max_resident_keys), deadlines),
         Vocabulary(tokenizer),
@@ -108,10 +119,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        pictures.workers.start()
         beating = asyncio.create_task(heartbeat.run())
         yield
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
+        await pictures.workers.close()
         await backend.close()
         threads.shutdown(wait=False, cancel_futures=True)
         parser.shutdown(wait=False, cancel_futures=True)

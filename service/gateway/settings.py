@@ -45,6 +45,9 @@ class Settings(BaseSettings):
     max_images: int = Field(16, ge=0)  # of one request
     max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
     max_image_pixels: int = Field(32_000_000, ge=1, le=89_000_000)  # of one picture; Pillow's own limit is above it
+    picture_memory_bytes: int = Field(192 << 20, ge=16 << 20)  # of all pictures decoded at a time, and so of one
+    picture_workers: int | None = Field(None, ge=1)  # processes that decode; unset: one more than cores, at most 5
+    picture_timeout_s: float = Field(10.0, gt=0)  # for decoding one picture
     max_body_bytes: int = Field(64 << 20, ge=1)
     max_json_bytes: int = Field(1 << 20, ge=1)  # of a body, apart from the pictures in it
     max_inflight_body_bytes: int = Field(128 << 20, ge=1)  # of all bodies together, until their pictures are decoded

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.cores import num_cores
 from service.errors import InvalidRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,16 +60,6 @@ def _integer(environment: Mapping[str, str], name: str, default: int, allowed: r
 def has_gpu() -> bool:
     """Whether there is an NVIDIA driver and a torch that can use it; without the seconds that importing torch takes."""
     return Path("/dev/nvidiactl").exists() and not importlib.metadata.version("torch").endswith("+cpu")
-
-
-def num_cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU quota of its container (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or no quota: "max"
-        return cores
 
 
 def claim_port(host: str, port: int) -> int:

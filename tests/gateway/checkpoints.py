@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from service.families.family import (
@@ -20,6 +18,7 @@ from service.families.family import (
     Unseen,
     VisionConfig,
 )
+from service.families.pixels import resize_square
 
 CORPUS = [
     "What is in the picture? A red apple and a yellow banana stand on a blue table.",
@@ -96,7 +95,7 @@ def make_family(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None
             tied_head=True,
             cross_attention=CrossAttentionConfig((0,), 8, 4, 1, 1, 8, 16, False, False, Unseen.SKIP_BLOCK),
         ),
-        preprocess=_preprocess,
+        preprocess=partial(resize_square, size=IMAGE_SIZE),
         image_token_id=tokenizer.token_to_id("<image>"),
         image_text=lambda after_image: "<image>",
         see=_see,
@@ -106,10 +105,6 @@ def make_family(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None
         vision_weight=lambda name: None,
         decoder_weight=lambda name: None,
     )
-
-
-def _preprocess(picture: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE))).transpose(2, 0, 1)
 
 
 def _see(before: Sight, previous_token: int | None, picture: int | None) -> Sight:

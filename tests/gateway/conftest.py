@@ -42,7 +42,7 @@ def backend(tokenizer: Tokenizer) -> FakeBackend:
 @pytest.fixture
 def make_app(family: Family, tokenizer: Tokenizer, backend: FakeBackend) -> MakeApp:
     def make(**changes: Any) -> FastAPI:
-        settings = Settings(**{"model_path": family.folder, "model_name": "tiny", **changes})
+        settings = Settings(**{"model_path": family.folder, "model_name": "tiny", "picture_workers": 1, **changes})
         return create_app(settings, family, tokenizer, backend)
 
     return make

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import struct
 import zlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 from fastapi import FastAPI
 from PIL import Image
 from tokenizers import Tokenizer
@@ -126,15 +128,17 @@ def check(reply: Any, status: int, param: str | None) -> None:
     assert reply.headers["x-request-id"]
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> FastAPI:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def app(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> AsyncIterator[FastAPI]:
     """One for all cases: none of them changes anything."""
     family = make_family(tmp_path_factory.mktemp("checkpoint"), tokenizer)
     settings = Settings(model_path=family.folder, model_name="tiny", **LIMITS)
-    return create_app(settings, family, tokenizer, FakeBackend(script=(1, 2, 3)))
+    app = create_app(settings, family, tokenizer, FakeBackend(script=(1, 2, 3)))
+    async with app.router.lifespan_context(app):
+        yield app
 
 
-@pytest.mark.asyncio
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     ("path", "mistake", "body", "status", "param"), CASES, ids=[f"{c[0].split('/')[2]}-{c[1]}" for c in CASES]
