@@ -118,6 +118,7 @@ async def test_who_leaves_while_waiting_leaves_nothing_behind() -> None:
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.gather(left, return_exceptions=True)
+    assert not rig.encoder._requests, "their pixels are not kept until there is a turn"
     first.cancel()
     await asyncio.sleep(0)
     next_one = rig.ask(KEYS[20])
