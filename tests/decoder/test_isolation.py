@@ -173,10 +173,11 @@ def test_a_step_without_memory_for_all_is_computed_in_parts(
 
 def test_a_device_that_answers_only_errors_is_reported_at_once(world: World) -> None:
     engine = world.engine()
-    install(engine, lambda step: torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    faulty = install(engine, lambda step: torch.AcceleratorError("CUDA error: device-side assert triggered"))
     world.add(engine, 0, 1)
     with pytest.raises(Broken):
         engine.step()
+    assert len(faulty.steps) == 1
 
 
 def test_an_engine_in_which_everything_fails_is_reported_after_some_steps(world: World) -> None:
@@ -298,6 +299,16 @@ def test_a_picture_whose_fill_breaks_fails_those_who_need_it(world: World, expec
     with pytest.raises(ImageNotResident):
         engine.add(92, broken)
     assert_all_free(engine)
+
+
+def test_a_broken_picture_is_never_resident_though_its_prompt_begins_without_it(world: World) -> None:
+    engine = world.engine(dataclasses.replace(ROOMY, max_step_tokens=17))
+    endless = torch.full((1, 8, 48), 3e38) * torch.where(torch.arange(48) % 2 == 0, 1.0, -1.0)
+    late = ValidRequest((*([5] * 40), world.family.image_token_id, 6), ("ab" * 32,), (40,), GREEDY)
+    engine.add(90, late, endless, [0])
+    assert drain_all(engine)[1].keys() == {90}
+    with pytest.raises(ImageNotResident):
+        engine.add(91, late)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

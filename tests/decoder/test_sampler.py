@@ -58,17 +58,24 @@ def test_greedy_and_random_rows_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-20, 1e-5, 1e-4, 2.0])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 1e35])
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (2**63, 5e-324), (1, 1e-300), (3, 0.5)])
 def test_every_legal_parameter_gives_a_token_of_the_vocabulary(
     temperature: float, scale: float, top_k: int | None, top_p: float
 ) -> None:
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     sequence = Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, 2**63 - 1)
-    (token,) = sample(torch.tensor(LOGITS, dtype=torch.float32)[None] * scale, [sequence])
+    (token,) = sample(torch.tensor(LOGITS[::-1].copy(), dtype=torch.float32)[None] * scale, [sequence])
     assert 0 <= token < len(LOGITS)
     if temperature < 1e-4 * scale or top_p < 1e-200:
-        assert token == 0
+        assert token == len(LOGITS) - 1
+
+
+def test_a_temperature_below_the_threshold_is_greedy_also_between_near_equals() -> None:
+    sampling = SamplingParams(temperature=9e-6)
+    sequences = [Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, seed) for seed in range(50)]
+    logits = torch.tensor([0.0, 1e-6]).repeat(50, 1)
+    assert sample(logits, sequences) == [1] * 50
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

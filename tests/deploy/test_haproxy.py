@@ -25,20 +25,21 @@ pytestmark = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy
 
 
 class Replica(ThreadingHTTPServer):
-    """Answers its name; to /held, which sets `arrived`, only once `release` is set."""
+    """Answers its name; to /held, which sets `arrived`, only once `release` is set; 503 to the path `dead`."""
 
     daemon_threads = True
+    dead: str | None = None
     arrived, release = threading.Event(), threading.Event()
 
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        assert isinstance(self.server, Replica)
         if self.path == "/held":
-            assert isinstance(self.server, Replica)
             self.server.arrived.set()
             self.server.release.wait(20)
         body = str(self.server.server_port).encode()
-        self.send_response(200)
+        self.send_response(503 if self.path == self.server.dead else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -48,16 +49,22 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def balancer(folder: Path) -> Iterator[str]:
-    """Its URL. The shipped configuration, but HTTP/1, without checks, and with its servers at known ports."""
+def balancer(folder: Path, dead: str | None = None) -> Iterator[str]:
+    """Its URL. The shipped configuration, but HTTP/1 and with its servers at known ports.
+
+    Without checks, unless there is a path that the first replica answers with 503.
+    """
     port, status_port = free_ports(2)
     with ExitStack() as stack:
         replicas = [stack.enter_context(Replica(("127.0.0.1", 0), Answer)) for _ in range(2)]
+        replicas[0].dead = dead
         for replica in replicas:
             threading.Thread(target=replica.serve_forever, daemon=True).start()
             stack.callback(replica.shutdown)
-        servers = "\n".join(f"    server triton{n} 127.0.0.1:{r.server_port} no-check" for n, r in enumerate(replicas))
+        check = "" if dead else " no-check"
+        servers = "\n".join(f"    server triton{n} 127.0.0.1:{r.server_port}{check}" for n, r in enumerate(replicas))
         text = re.sub(r"^    server-template .*$", servers, CONFIG.read_text(), flags=re.MULTILINE)
+        text = text.replace("http-check connect port 8000 proto h1", "http-check connect proto h1")
         text = text.replace("bind :8001 proto h2", f"bind 127.0.0.1:{port}")
         text = text.replace("bind :8404", f"bind 127.0.0.1:{status_port}")
         (folder / "haproxy.cfg").write_text(text)
@@ -101,3 +108,13 @@ def test_a_call_without_a_picture_under_way_sends_no_picture_elsewhere(tmp_path:
             Replica.release.set()
             call.join(20)
         assert len(held) == 1
+
+
+@pytest.mark.parametrize("model", ["fused_decoder", "vision_encoder"])
+def test_a_replica_one_of_whose_models_is_not_ready_gets_nothing(tmp_path: Path, model: str) -> None:
+    with balancer(tmp_path, dead=f"/v2/models/{model}/ready") as url, httpx.Client(base_url=url) as client:
+        for _ in range(100):
+            if len(set(replicas_of(client).values())) == 1:
+                return
+            time.sleep(0.1)
+    raise AssertionError("it still gets requests")
