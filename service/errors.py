@@ -11,6 +11,7 @@
     ├── Overloaded            429  with Retry-After
     ├── ImageNotResident      409  inside only: the decoder lacks pictures; the gateway encodes them and retries
     ├── Unavailable           503  with Retry-After
+    │   ├── StageLost         503  the stage ended with the request in it, and may have died of it
     │   └── OtherCheckpoint   503  the decoder runs another checkpoint than who made the latents or the prompt
     ├── StageTimeout          504
     └── Internal              500
@@ -101,6 +102,12 @@ class Unavailable(CrossgateError):
     status, code = 503, "unavailable"
 
 
+class StageLost(Unavailable):
+    """The call ended without an answer: the stage may have been at work on the request, and may have died of it."""
+
+    code = "stage_lost"
+
+
 class OtherCheckpoint(Unavailable):
     code = "other_checkpoint"
 
@@ -124,6 +131,7 @@ ALL_ERRORS: tuple[type[CrossgateError], ...] = (
     Overloaded,
     ImageNotResident,
     Unavailable,
+    StageLost,
     OtherCheckpoint,
     StageTimeout,
     Internal,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from service.contract import TokenEvent, ValidRequest
 from service.decoder.engine import Engine, EngineStats
-from service.errors import CrossgateError, Internal, Unavailable
+from service.errors import CrossgateError, Internal, StageLost, Unavailable
 from service.isolation import Broken, is_sticky
 
 logger = logging.getLogger(__name__)
@@ -109,10 +109,10 @@ class EngineLoop:
                 self._turn()
         except BaseException as error:
             logger.critical("the decoder cannot go on; its process ends: %r", error, exc_info=True)
-            self._leave("The decoder failed and is started anew.")
+            self._leave("The decoder failed and is started anew.", under_way=StageLost)
             self._end()
         else:
-            self._leave("The decoder is shutting down.")
+            self._leave("The decoder is shutting down.", under_way=Unavailable)
 
     def _wait(self) -> bool:
         """Sleep until there is something to do. False: closing."""
@@ -137,12 +137,14 @@ class EngineLoop:
         except Exception:
             logger.exception("a step was not reported")
 
-    def _leave(self, refusal: str) -> None:
-        """Take nothing any more, and tell all that is there."""
+    def _leave(self, refusal: str, *, under_way: type[Unavailable]) -> None:
+        """Take nothing any more, and tell all that is there; those that the engine had, by this kind of error."""
         with self._wake:
             self._refusal = refusal
             submitted, self._submitted = self._submitted, []
-        for submission in [*self._live.values(), *submitted]:
+        for submission in self._live.values():
+            self._deliver(submission, under_way(refusal, retry_after_s=5))
+        for submission in submitted:
             self._deliver(submission, Unavailable(refusal, retry_after_s=5))
         self._live = {}
 

@@ -20,7 +20,7 @@ async def test_the_deadline_covers(connect: Connect, backend: FakeBackend, waits
     body = {"prompt": "<image>Hi", "images": [RED], "stream": stream}
     async with connect(request_timeout_s=0.4, max_concurrent_requests=1, max_concurrent_encodes=1) as client:
         if waits_for == "a place":
-            await client.app.state.admission.enter()
+            await client.app.state.admission.enter(None)
         elif waits_for == "the encoder":
             backend.encode_s = 60
         elif waits_for == "a turn at the encoder":

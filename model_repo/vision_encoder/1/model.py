@@ -12,7 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from service.errors import CrossgateError, Unavailable
+from service.errors import CrossgateError, StageLost
 from service.families import load_family
 from service.families.identity import unchanged
 
@@ -66,7 +66,7 @@ class TritonPythonModel:
             results = self.stage.encode_each(pixels)
         except Exception as error:  # whatever it is, every request is owed an answer
             pb_utils.Logger.log_error(f"vision_encoder: cannot go on; its process ends: {error!r}")
-            results = [Unavailable("The vision encoder failed and is started anew.", retry_after_s=5)] * len(requests)
+            results = [StageLost("The vision encoder failed and is started anew.", retry_after_s=5)] * len(requests)
             self.works = False
             threading.Timer(END_DELAY_S, os._exit, (1,)).start()
         return [self._response(result) for result in results]

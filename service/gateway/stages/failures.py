@@ -10,7 +10,7 @@ import logging
 
 import grpc
 
-from service.errors import CrossgateError, Internal, Overloaded, StageTimeout, Unavailable, from_triton
+from service.errors import CrossgateError, Internal, Overloaded, StageLost, StageTimeout, Unavailable, from_triton
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,6 @@ _NEVER_SENT = ("failed to connect", "dns resolution failed", "domain name not fo
 _STREAM_ENDED = ("stream removed", "received rst_stream", "internal error from core")  # the last: of a write on it
 
 
-class Lost(Unavailable):
-    """The call ended without an answer: the stage may have been at work on the request, and may have died of it."""
-
-
 def from_message(message: str) -> CrossgateError:
     """The error of a stage of ours, or a fixed text for what Triton itself says."""
     return from_triton(message) or _from_text(message.lower()) or _unknown(message)
@@ -54,7 +50,7 @@ def from_grpc(code: grpc.StatusCode, details: str | None) -> CrossgateError:
         return Overloaded("The model server is full; try again later.", retry_after_s=1)
     ended = message.lower().startswith(_STREAM_ENDED)  # by a balancer whose server died: an INTERNAL or UNKNOWN
     if ended or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
-        return Lost("The model server ended the call.", retry_after_s=1)
+        return StageLost("The model server ended the call.", retry_after_s=1)
     return _unknown(message)
 
 

@@ -11,8 +11,7 @@ import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from service.errors import StageTimeout, Unavailable
-from service.gateway.stages.failures import Lost
+from service.errors import StageLost, StageTimeout, Unavailable
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 2.0
 MAX_LOST = 2
@@ -31,7 +30,7 @@ class Patience:
     async def wait_after(self, error: Unavailable) -> None:
         """Returns when it is time for the next attempt. Raises `error` if there shall be none."""
         now = asyncio.get_running_loop().time()
-        if isinstance(error, Lost):
+        if isinstance(error, StageLost):
             self._num_lost += 1
             if self._num_lost >= MAX_LOST:
                 raise error

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.contract import FUSED_DECODER, VISION_ENCODER, SamplingParams, TokenEvent, ValidRequest
-from service.errors import CrossgateError, Overloaded, Unavailable
+from service.errors import CrossgateError, Overloaded, StageLost, Unavailable
 from service.gateway.pictures.encode import Latents
-from service.gateway.stages.failures import Lost, from_grpc, from_message
+from service.gateway.stages.failures import from_grpc, from_message
 from service.gateway.telemetry.logs import request_id
 from service.gateway.telemetry.tracing import Tracing
 
@@ -235,4 +235,6 @@ def _read_latents(response: service_pb2.ModelInferResponse) -> Latents:
 def _whose_cancel(error: asyncio.CancelledError) -> BaseException:
     """gRPC raises CancelledError also where the server ended the call; only ours is to go on as one."""
     task = asyncio.current_task()
-    return error if task is None or task.cancelling() else Lost("The model server ended the call.", retry_after_s=1)
+    return (
+        error if task is None or task.cancelling() else StageLost("The model server ended the call.", retry_after_s=1)
+    )

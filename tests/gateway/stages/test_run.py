@@ -12,12 +12,12 @@ from service.errors import (
     InvalidRequest,
     OtherCheckpoint,
     Overloaded,
+    StageLost,
     StageTimeout,
     Unavailable,
 )
 from service.gateway.pictures.encode import PictureEncoder
 from service.gateway.pictures.residency import ResidentKeys
-from service.gateway.stages.failures import Lost
 from service.gateway.stages.run import Deadlines, Stages, Trace
 from tests.gateway.fakes import FakeBackend
 
@@ -125,7 +125,13 @@ async def test_waiting_for_a_stage_ends_when_the_client_leaves() -> None:
 
 async def test_a_request_that_was_in_a_decoder_twice_when_it_died_is_not_given_to_a_third() -> None:
     rig = Rig()
-    rig.backend.failures = [Unavailable("draining"), Lost("died"), Unavailable("not ready"), Lost("died"), Lost("died")]
+    rig.backend.failures = [
+        Unavailable("draining"),
+        StageLost("died"),
+        Unavailable("not ready"),
+        StageLost("died"),
+        StageLost("died"),
+    ]
     with pytest.raises(Unavailable):
         await rig.run()
     assert len(rig.backend.requests) == 4
@@ -133,7 +139,7 @@ async def test_a_request_that_was_in_a_decoder_twice_when_it_died_is_not_given_t
 
 async def test_one_death_of_a_decoder_is_survived() -> None:
     rig = Rig()
-    rig.backend.failures = [Lost("died"), Unavailable("not ready")]
+    rig.backend.failures = [StageLost("died"), Unavailable("not ready")]
     assert tokens(await rig.run()) == [1, 2, 3, 4, 5]
 
 

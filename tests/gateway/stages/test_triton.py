@@ -19,11 +19,12 @@ from service.errors import (
     InvalidRequest,
     OtherCheckpoint,
     Overloaded,
+    StageLost,
     StageTimeout,
     Unavailable,
 )
 from service.gateway.pictures.encode import Latents
-from service.gateway.stages.failures import Lost, from_grpc
+from service.gateway.stages.failures import from_grpc
 from service.gateway.stages.triton import TritonBackend
 from tests.gateway.fakes import FakeBackend
 from tests.gateway.triton_server import FakeTriton
@@ -137,7 +138,7 @@ async def test_what_triton_itself_says_becomes_a_fixed_text(says: str, kind: typ
             with pytest.raises(kind) as caught:
                 await call
             assert says not in caught.value.message
-            assert not isinstance(caught.value, Lost), "Triton has answered: no model had the request"
+            assert not isinstance(caught.value, StageLost), "Triton has answered: no model had the request"
             assert caught.value.retry_after_s or kind is Internal
 
 
@@ -158,13 +159,13 @@ REFUSED = (
         ("UNAVAILABLE", "Received http2 header with status: 503", Unavailable),
         ("INTERNAL", "Stub process 'vision_encoder_0_0' is not healthy.", Unavailable),
         ("NOT_FOUND", "Request for unknown model: 'vision_encoder' has no available versions", Unavailable),
-        ("UNAVAILABLE", "Stream removed (Socket closed)", Lost),
-        ("UNAVAILABLE", "Socket closed", Lost),
-        ("UNAVAILABLE", "ping timeout", Lost),
-        ("UNAVAILABLE", "keepalive watchdog timeout", Lost),
-        ("UNAVAILABLE", "Received http2 header with status: 502", Lost),
-        ("INTERNAL", "Received RST_STREAM with error code 2", Lost),
-        ("CANCELLED", "", Lost),
+        ("UNAVAILABLE", "Stream removed (Socket closed)", StageLost),
+        ("UNAVAILABLE", "Socket closed", StageLost),
+        ("UNAVAILABLE", "ping timeout", StageLost),
+        ("UNAVAILABLE", "keepalive watchdog timeout", StageLost),
+        ("UNAVAILABLE", "Received http2 header with status: 502", StageLost),
+        ("INTERNAL", "Received RST_STREAM with error code 2", StageLost),
+        ("CANCELLED", "", StageLost),
         ("UNKNOWN", "something else", Internal),
         ("INTERNAL", None, Internal),
         *(
@@ -308,7 +309,7 @@ async def test_a_connection_that_falls_silent_is_given_up() -> None:
                 await anext(events)
                 silence()
                 async with asyncio.timeout(40):
-                    with pytest.raises(Lost):
+                    with pytest.raises(StageLost):
                         await anext(events)
                 fake.backend.gate.set()
                 async with asyncio.timeout(20):
