@@ -153,8 +153,8 @@ def test_the_window_stays_short() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(
-    text=st.text(alphabet="abX ", max_size=40),
-    stops=st.lists(st.text(alphabet="abX", min_size=1, max_size=4), max_size=3),
+    text=st.text(alphabet="ab", max_size=40) | st.text(alphabet="abX ", max_size=40),
+    stops=st.lists(st.text(alphabet="ab", min_size=3, max_size=7) | st.text(alphabet="abX", min_size=1), max_size=3),
     cuts=cuts,
 )
 def test_stop_strings_cut_however_the_text_comes(text: str, stops: list[str], cuts: list[int]) -> None:
