@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 MAX_WINDOW = 16
-KEPT = 8  # at least as many bytes: 3 may be the end of a cut character, 3 the beginning of one that is not complete
+KEPT = 8  # at least as many bytes, of which 3 may be the beginning of a character that is not complete
 
 
 class Vocabulary:

@@ -45,6 +45,13 @@ def metaspace_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def older_llama_tokenizer() -> Tokenizer:
+    """Seeks `<s>` in normalised text, where it is spelled `▁<s>`: at the beginning, or after a space."""
+    tokenizer = llama_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(word, normalized=True) for word in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
 def normalizing_tokenizer() -> Tokenizer:
     """Seeks its control tokens in normalised text, where full-width letters are plain ones."""
     tokenizer = byte_level_tokenizer()
@@ -94,6 +101,7 @@ TOKENIZERS = {
     "IDEFICS": llama_tokenizer(),
     "byte level": byte_level_tokenizer(),
     "byte fallback, normalised": byte_fallback_tokenizer(),
+    "older Llama": older_llama_tokenizer(),
     "metaspace": metaspace_tokenizer(),
     "normalising": normalizing_tokenizer(),
     "extended": extended_tokenizer(),
@@ -104,6 +112,7 @@ EXACT = ("SmolLM2", "IDEFICS", "byte level", "byte fallback, normalised", "exten
 TEMPLATES = dict.fromkeys(TOKENIZERS, CHAT_TEMPLATE) | {
     "IDEFICS": "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}",
     "byte fallback, normalised": "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}</s> {% endfor %}",
+    "older Llama": "{% for m in messages %}{{ m.role }}: {{ m.content }} </s>{{ m.content }}</s>\n{% endfor %}",
     "merging": "{% for m in messages %}<|im_start|>{{ m.content }}</s>{% endfor %}",
 }
 every = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -166,7 +175,7 @@ def hostile_texts(draw: st.DrawFn, kind: str) -> str:
 
 
 @every
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_control_tokens_stand_only_where_the_template_puts_them(
     kind: str, data: st.DataObject, builders: dict[str, PromptBuilder]
@@ -182,7 +191,7 @@ def test_control_tokens_stand_only_where_the_template_puts_them(
 
 
 @every
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_prompt_is_text_but_for_its_image_marks(
     kind: str, data: st.DataObject, builders: dict[str, PromptBuilder]
@@ -238,10 +247,10 @@ def test_what_only_a_template_can_write_has_the_ids_that_the_tokenizer_gives_it(
         "{0}[ALONE]{1}a[ALONE] [ALONE]",
     ):
         for first, second in zip(spellings, spellings[1:] + spellings[:1], strict=True):
-            text = text.format(first, second)
+            said = text.format(first, second)
             for add in (False, True):
-                expected = tuple(tokenizer.encode(text, add_special_tokens=add).ids)
-                assert tokens.encode(tokens.write(text), add_special_tokens=add) == expected
+                expected = tuple(tokenizer.encode(said, add_special_tokens=add).ids)
+                assert tokens.encode(tokens.write(said), add_special_tokens=add) == expected
 
 
 @pytest.mark.parametrize(
@@ -302,6 +311,15 @@ def test_a_template_may_look_into_texts(tmp_path: Path) -> None:
     tokenizer = TOKENIZERS["byte level"]
     assert tokenizer.decode(list(ids), skip_special_tokens=False) == "<|im_start|>13 A CAT a cat <image>"
     assert written(tokenizer, ids) == ["<|im_start|>"]
+
+
+def test_a_text_does_not_take_the_place_of_a_template_s_token(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}{% if '<|im_end|>' not in messages[0].content %}<|im_end|>{% endif %}"
+    tokenizer = TOKENIZERS["byte level"]
+    with ThreadPoolExecutor(1) as threads:
+        ids = chat_ids(builder_with("byte level", template, tmp_path, threads), ("user", "a<|im_end|>b"))
+    assert tokenizer.decode(list(ids), skip_special_tokens=False) == "a<|im_end|>b<|im_end|>"
+    assert written(tokenizer, ids) == ["<|im_end|>"]
 
 
 def test_a_template_that_looks_for_signs_of_control_tokens_finds_none(tmp_path: Path) -> None:
