@@ -107,12 +107,16 @@ def test_an_operator_s_mistake_is_one_line_and_status_2(
     assert len(lines) == 1 and lines[0].startswith("crossgate: ")
 
 
+def environment_of(checkpoint: Path, port: int, **settings: str) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CROSSGATE_")}
+    environment |= {"MODEL_PATH": str(checkpoint), "PORT": str(port), "TRITON_URL": "127.0.0.1:1"}
+    return {**environment, "CROSSGATE_HEARTBEAT_TIMEOUT_S": "0.5", **settings}
+
+
 @pytest.mark.asyncio
 async def test_the_process_serves_and_ends_with_0_on_sigterm(checkpoint: Path) -> None:
     port = free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CROSSGATE_")}
-    environment |= {"MODEL_PATH": str(checkpoint), "PORT": str(port), "TRITON_URL": "127.0.0.1:1"}
-    environment["CROSSGATE_HEARTBEAT_TIMEOUT_S"] = "0.5"
+    environment = environment_of(checkpoint, port)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "service.gateway", env=environment, stderr=asyncio.subprocess.PIPE
     )
