@@ -73,10 +73,12 @@ def serve(make_app: MakeApp) -> Connect:
     @asynccontextmanager
     async def served(*, drain_timeout_s: float = 10.0, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
         app = make_app(**changes)
-        listener = listen("127.0.0.1", 0, changes.get("client_timeout_s", 60.0))
+        timeout_s = changes.get("client_timeout_s", 60.0)
+        listener = listen("127.0.0.1", 0, timeout_s)
+        others = [listen("127.0.0.1", changes["ops_port"], timeout_s)] if "ops_port" in changes else []
         settings = Settings(model_path=Path(), **{"drain_timeout_s": drain_timeout_s, **changes})
         server = make_server(app, settings)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
+        task = asyncio.create_task(server.serve(sockets=[listener, *others]))
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -112,12 +112,16 @@ def test_an_operator_s_mistake_is_one_line_and_status_2(
     assert len(lines) == 1 and lines[0].startswith("crossgate: ")
 
 
+def environment_of(checkpoint: Path, port: int, **settings: str) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CROSSGATE_")}
+    environment |= {"MODEL_PATH": str(checkpoint), "PORT": str(port), "TRITON_URL": "127.0.0.1:1"}
+    return {**environment, "CROSSGATE_HEARTBEAT_TIMEOUT_S": "0.5", "CROSSGATE_RESTART_WAIT_S": "0.5", **settings}
+
+
 @pytest.mark.asyncio
 async def test_the_process_serves_and_ends_with_0_on_sigterm(checkpoint: Path) -> None:
     port = free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CROSSGATE_")}
-    environment |= {"MODEL_PATH": str(checkpoint), "PORT": str(port), "TRITON_URL": "127.0.0.1:1"}
-    environment |= {"CROSSGATE_HEARTBEAT_TIMEOUT_S": "0.5", "CROSSGATE_RESTART_WAIT_S": "0.5"}
+    environment = environment_of(checkpoint, port)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "service.gateway", env=environment, stderr=asyncio.subprocess.PIPE
     )
@@ -164,7 +168,7 @@ def test_an_open_door_beyond_this_machine_is_one_warning(
     for name in [name for name in os.environ if name.startswith("CROSSGATE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("service.gateway.__main__.configure_logs", lambda level: None)
-    monkeypatch.setattr("service.gateway.__main__.serve", lambda app, listener, drain_timeout_s: listener.close())
+    monkeypatch.setattr("service.gateway.__main__.serve", lambda app, settings, listeners: listeners[0].close())
     monkeypatch.setenv("HOST", host)
     monkeypatch.setenv("PORT", "0")
     monkeypatch.setenv("MODEL_PATH", str(checkpoint))

@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import CrossgateError, HeadTooLarge, InvalidRequest, RequestTimeout, Unavailable
 
@@ -55,6 +55,7 @@ class Connection(HttpToolsProtocol):
         self._framing_bytes = 0  # of this request: its head, then what frames its body
         self._body_bytes = 0
         self._refusal: CrossgateError | None = None
+        self._running: RequestResponseCycle | None = None
 
     # what the transport calls
 
@@ -93,6 +94,9 @@ class Connection(HttpToolsProtocol):
                 timer.cancel()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn tells the last request alone, which may wait behind this one
+            self._running.message_event.set()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -135,6 +139,10 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     # what uvicorn calls
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

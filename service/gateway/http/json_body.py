@@ -6,6 +6,7 @@ objects cost the most, by their number; so no body holds the interpreter for lon
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ MAX_CONTAINERS = 32_768  # lists and objects
 PICTURE_FIELDS = frozenset({"images", "url"})
 _START, _BASE64, _MAX_HEAD = b'"data:', b";base64,", 128
 _SLICE = 1 << 20
+_KEY = re.compile(rb'"[ \t\r\n]*:')  # the end of a string that is a key
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _Pictures:
                 continue
             begin = head + len(_BASE64)
             end = body.find(b'"', begin)
-            base64 = _text(body, begin, end) if end >= 0 else None
+            base64 = None if end < 0 or _KEY.match(body, end) else _text(body, begin, end)
             if base64 is None:
                 at = begin
                 continue
