@@ -81,7 +81,7 @@ def create_app(
         await backend.close()
         threads.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="Crossgate", lifespan=lifespan)
+    app = FastAPI(title="Crossgate", lifespan=lifespan, redirect_slashes=False)  # what is not here is not here
     app.state.admission = admission
     app.include_router(model_routes(settings, pipeline, metrics, chat_defaults(family.folder), int(time.time())))
     app.include_router(probe_routes(admission, backend, metrics))

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,15 +18,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.launch.settings import ROOT, free_ports
-from tests.checkpoints import make_idefics
+from service.launch.settings import ROOT
 from tests.e2e.running import Running
-from tests.reliability import faults, table
+from tests.reliability import faults, models, table
 from tests.reliability.checkout import copy_checkout, full_disk
 from tests.reliability.client import Answer, Client, Outcome
 from tests.reliability.faults import Fault
+from tests.reliability.gateway import gateway
 from tests.reliability.leaks import holdings, settled
-from tests.reliability.load import Load
+from tests.reliability.load import Load, warm_up
 from tests.reliability.proxy import Proxy
 from tests.reliability.questions import Question, generate, make_questions, record
 from tests.reliability.subject import Subject, environment
@@ -36,7 +34,8 @@ from tests.reliability.subject import Subject, environment
 NUM_CLIENTS = 8
 MAX_RECOVERY_S = 30.0
 QUIET_S, STEADY_S = 2.0, 4.0  # of load before a fault, and without any failure after it
-CONTEXT, NUM_BLOCKS, NUM_PAGES = 4096, 256, 16
+STALL_LIMIT_S = 30.0  # for the gateway to drop who stalls: CROSSGATE_CLIENT_TIMEOUT_S, once its buffers are full
+NUM_BLOCKS, NUM_PAGES = 256, 16
 SETTINGS = {
     "CROSSGATE_KV_BLOCKS": str(NUM_BLOCKS),
     "CROSSGATE_IMAGE_PAGES": str(NUM_PAGES),
@@ -58,7 +57,7 @@ class Row:
 class Chaos:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.checkpoint = make_idefics(folder / "tiny", max_position_embeddings=CONTEXT)
+        self.checkpoint = models.tiny(folder)
         self.checkout = copy_checkout(folder / "failing", failing=True)
         self.questions = make_questions()
         self.hogs = [generate(f"Tell me number {number}.", (), stream=True, max_tokens=600) for number in range(8)]
@@ -129,7 +128,11 @@ class Chaos:
 
     async def silent_triton(self, running: Running, answers: Mapping[Question, Answer]) -> Row:
         """A gateway of its own behind a proxy whose connections fall silent under load."""
-        async with Proxy(running.triton_grpc_port) as proxy, self._gateway(proxy.port) as (url, pid):
+        settings = {**environment(self._folder, self.checkpoint), "CROSSGATE_CLIENT_TIMEOUT_S": "5"}
+        async with (
+            Proxy(running.triton_grpc_port) as proxy,
+            gateway(proxy.port, settings, self._folder / "gateway.log", self.checkout) as (url, pid),
+        ):
             subject = Subject(running, self._folder, url=url, gateway_pid=pid)
 
             async def inflict(subject: Subject, load: Load) -> None:
@@ -137,29 +140,6 @@ class Chaos:
 
             fault = Fault("a connection to Triton that falls silent", inflict, faults.ALL)
             return await self.strike(subject, fault, answers)
-
-    @asynccontextmanager
-    async def _gateway(self, triton_port: int) -> AsyncIterator[tuple[str, int]]:
-        (port,) = free_ports(1)
-        settings = {**environment(self._folder, self.checkpoint), "CROSSGATE_CLIENT_TIMEOUT_S": "5"}
-        settings |= {"HOST": "127.0.0.1", "PORT": str(port), "TRITON_URL": f"127.0.0.1:{triton_port}"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service.gateway"],
-            cwd=self.checkout,
-            env={**os.environ, **settings},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            async with Client(f"http://127.0.0.1:{port}") as client:
-                deadline_s = time.monotonic() + 60
-                while await client.status("/readyz") != 200:
-                    assert time.monotonic() < deadline_s and process.poll() is None, "the gateway does not start"
-                    await asyncio.sleep(0.2)
-            yield f"http://127.0.0.1:{port}", process.pid
-        finally:
-            process.terminate()
-            await asyncio.to_thread(process.wait)
 
     async def full_disk_at_start(self, answers: Mapping[Question, Answer]) -> list[Row]:
         """Where nothing has run before it starts, or says in one line why not; where something has, it starts."""
@@ -204,7 +184,7 @@ class Chaos:
         several = [
             faults.full_pools(self.hogs),
             faults.failing_steps(3 if short else 20),
-            faults.slow_readers(6, 12.0 if short else 20.0),
+            faults.slow_readers(6, STALL_LIMIT_S),
             faults.kill("encoder"),
             faults.kill("decoder"),
             faults.kill("Triton"),
@@ -219,7 +199,7 @@ class Chaos:
             faults.stop("Triton", stop_s),
             faults.stop("gateway", stop_s),
             faults.full_queue(self.questions, 400),
-            faults.half_open(90, 20.0),
+            faults.half_open(90, STALL_LIMIT_S),
         ]
 
 
@@ -240,9 +220,7 @@ async def run(short: bool, only: str) -> list[Row]:
                 answers = await record(client, chaos.questions)
                 for hog in chaos.hogs:
                     answers[hog] = (await client.ask(hog.path, hog.body)).answer
-                warm = Load(client, answers, NUM_CLIENTS, questions=chaos.questions)
-                async with warm:  # threads and caches that come with the first requests are no leak
-                    await asyncio.sleep(QUIET_S)
+                await warm_up(client, chaos.questions)
             for fault in chaos.faults(short):
                 if only in fault.name:
                     tell(await chaos.strike(subject, fault, answers))

@@ -17,8 +17,8 @@ import psutil
 
 from tests.reliability.subject import Subject
 
-SLACK = {"files": 4, "threads": 4, "tasks": 2}
-SETTLE_S = 20.0
+SLACK = {"files": 4, "threads": 10, "tasks": 2}  # gRPC keeps and drops threads as it likes
+SETTLE_S = 60.0  # gRPC lets a thread go after some 20 s of rest
 CACHES = ("cache", "resident", "kept", "info", "created", "config")  # gauges that may rise: what is kept on purpose
 
 Holdings = dict[str, float]
@@ -33,9 +33,8 @@ def holdings(subject: Subject) -> Holdings:
             held[f"{role} files"] = process.num_fds()
             held[f"{role} threads"] = process.num_threads()
             held[f"{role} processes"] = len(process.children(recursive=True))
-    tasks = subject.num_tasks()
-    if tasks is not None:
-        held["gateway tasks"] = tasks
+    if loop := subject.loop_state():
+        held["gateway tasks"] = loop.tasks
     launcher = subject.running.process.pid
     held["shared memory"] = sum(1 for _ in Path("/dev/shm").glob(f"crossgate-{launcher}-*"))
     with suppress(httpx.TransportError):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import psutil
 
 from tests.e2e.running import Running
+from tests.reliability.watched import LoopState, loop_state, resident_bytes, watching
 
-INSIDE = Path(__file__).with_name("inside")
 COMMANDS = {
     "gateway": "service.gateway",
     "Triton": "bin/tritonserver",
@@ -30,7 +27,7 @@ class Subject:
     ) -> None:
         self.running = running
         self.url = url or running.url
-        self._folder = folder
+        self.folder = folder
         self._gateway_pid = gateway_pid
 
     def find(self, role: str) -> psutil.Process | None:
@@ -54,32 +51,13 @@ class Subject:
             time.sleep(0.1)
         return process
 
-    def num_tasks(self) -> int | None:
-        """asyncio tasks of the gateway; None if it does not say, as when it is just starting."""
-        pid = self.process("gateway").pid
-        path = self._folder / f"tasks-{pid}"
-        path.unlink(missing_ok=True)
-        os.kill(pid, signal.SIGUSR1)
-        deadline_s = time.monotonic() + 3.0
-        while not path.exists():
-            if time.monotonic() > deadline_s:
-                return None
-            with suppress(httpx.TransportError):  # a loop that sleeps runs no Python
-                httpx.get(f"{self.url}/livez", timeout=2.0)
-            time.sleep(0.02)
-        return int(path.read_text())
+    def loop_state(self) -> LoopState | None:
+        return loop_state(self.folder, self.process("gateway").pid, self.url)
 
     def gateway_bytes(self) -> int:
-        """Resident memory of the gateway and of the processes that it has."""
-        total = 0
-        with suppress(psutil.Error):
-            gateway = self.process("gateway")
-            for process in [gateway, *gateway.children(recursive=True)]:
-                with suppress(psutil.Error):
-                    total += process.memory_info().rss
-        return total
+        return resident_bytes(self.process("gateway").pid)
 
 
 def environment(folder: Path, checkpoint: Path, **settings: str) -> dict[str, str]:
-    """Of a `Running` whose tasks can be counted."""
-    return {"MODEL_PATH": str(checkpoint), "PYTHONPATH": str(INSIDE), "RELIABILITY_FOLDER": str(folder), **settings}
+    """Of a `Running` whose gateway's loop can be seen."""
+    return {"MODEL_PATH": str(checkpoint), **watching(folder), **settings}
