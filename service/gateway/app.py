@@ -129,7 +129,7 @@ def create_app(
         threads.shutdown(wait=False, cancel_futures=True)
         parser.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="Crossgate", lifespan=lifespan)
+    app = FastAPI(title="Crossgate", lifespan=lifespan, redirect_slashes=False)  # what is not here is not here
     app.state.admission = admission
     app.state.bodies = bodies
     app.include_router(model_routes(settings, keys, questions, pipeline, metrics, int(time.time())))

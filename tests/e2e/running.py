@@ -25,14 +25,15 @@ START_TIMEOUT_S = 180.0
 
 
 class Running:
-    """`python -m service.launch` and what it printed. Nothing of it outlives `stop`."""
+    """`python -m service.launch` and what it printed. Nothing of it outlives `stop`. `root`: the checkout that runs."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, root: Path = ROOT, **environment: str) -> None:
+        self._root = root
         self.lines: list[str] = []
         self._arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.launch", *arguments],
-            cwd=ROOT,
+            cwd=root,
             env={**os.environ, "PORT": "0", "DEVICE": "cpu", "CROSSGATE_NUM_THREADS": "1", **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -88,7 +89,7 @@ class Running:
         self._reader.join(10.0)
         print(*self.lines, sep="\n")  # pytest shows it beside a failure
         if hasattr(self, "port"):
-            shutil.rmtree(ROOT / ".cache" / "log" / str(self.port), ignore_errors=True)
+            shutil.rmtree(self._root / ".cache" / "log" / str(self.port), ignore_errors=True)
 
     def metric(self, name: str, **labels: str) -> float:
         """A value from Triton's /metrics, 0 if it is not there yet."""
