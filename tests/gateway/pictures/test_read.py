@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, TooLarge
 from service.families.pixels import flatten, resize_square
 from service.gateway.pictures.decode import decode_picture, draft_scale, draw, examine
 from service.gateway.pictures.key import picture_key
 from service.gateway.pictures.read import payload_start
+from tests.gateway.hostile_pictures import crumbs_png, scans_jpeg, segments_jpeg, thin_png
 from tests.gateway.picture_files import encoded, file_of
 
 LIMIT = 1_000_000
@@ -141,3 +143,14 @@ def test_metadata_is_left_out_and_pixels_stay() -> None:
         assert len(container.content) < len(content) - 9000 or form == "PNG"
         assert not Image.open(io.BytesIO(container.content)).info.keys() & {"icc_profile", "exif", "xmp"}
         assert (pixels(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("make", [scans_jpeg, segments_jpeg, crumbs_png])
+def test_more_parts_than_a_picture_needs_are_refused_unseen(make: Callable[[], bytes]) -> None:
+    with pytest.raises(TooLarge, match="too many parts"):
+        examine(make(), "image", 10**8)
+
+
+def test_a_picture_millions_of_pixels_long_is_refused_by_its_side() -> None:
+    with pytest.raises(TooLarge, match="65535"):
+        examine(thin_png(), "image", 10**8)

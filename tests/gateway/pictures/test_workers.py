@@ -141,6 +141,23 @@ def exhausting(picture: Image.Image) -> NDArray[np.uint8]:
     return np.zeros((3, 1 << 30, 1), np.uint8) + np.uint8(1)
 
 
+def hanging(picture: Image.Image) -> NDArray[np.uint8]:
+    time.sleep(120)
+    return np.zeros((3, 1, 1), np.uint8)
+
+
+async def test_siblings_of_a_refused_picture_are_given_up(family: Family) -> None:
+    async with reader(replace(family, preprocess=hanging), num_workers=2, timeout_s=120) as pictures:
+        with pytest.raises(InvalidRequest) as caught:
+            await pictures.read((GOOD, PictureSource(b"no picture", "broken"), GOOD, GOOD))
+        assert caught.value.param == "broken"
+        for _ in range(100):
+            if len(pictures.workers.pids) == 2:
+                break
+            await asyncio.sleep(0.05)
+        assert len(pictures.workers.pids) == 2
+
+
 async def test_memory_that_no_header_announced_is_refused(family: Family) -> None:
     async with reader(replace(family, preprocess=exhausting)) as pictures:
         with pytest.raises(InvalidRequest):
@@ -167,14 +184,15 @@ async def test_closing_leaves_no_process(family: Family) -> None:
 GATEWAY = """
     import asyncio, sys
     from pathlib import Path
-    from tests.gateway.pictures.test_workers import SLOW, GOOD, reader
+    from dataclasses import replace
+    from tests.gateway.pictures.test_workers import GOOD, hanging, reader
     from tests.gateway.checkpoints import byte_level_tokenizer, make_family
 
     async def main():
-        async with reader(make_family(Path(sys.argv[1]), byte_level_tokenizer()), num_workers=3) as pictures:
-            await pictures.read((GOOD,) * 3)
+        family = make_family(Path(sys.argv[1]), byte_level_tokenizer())
+        async with reader(replace(family, preprocess=hanging), num_workers=3) as pictures:
             print(*pictures.workers.pids, flush=True)
-            await pictures.read((SLOW,) * 4)
+            await pictures.read((GOOD,) * 2)
 
     asyncio.run(main())
 """
@@ -187,7 +205,7 @@ async def test_no_worker_outlives_a_killed_gateway_even_while_it_decodes(tmp_pat
     line: Any = await gateway.stdout.readline()
     pids = [int(word) for word in line.split()]
     assert len(pids) == 3 and all(Path(f"/proc/{pid}").exists() for pid in pids)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.5)  # two hang by now
     gateway.kill()
     await gateway.wait()
     assert all([await gone(pid) for pid in pids])
