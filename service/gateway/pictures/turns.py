@@ -52,6 +52,8 @@ class Turns:
             if line is None:
                 return
             waiter = line.take_first()
+            if waiter.turn.done():  # it has left, and will hear of it
+                continue
             self._num_free -= 1
             if waiter.heavy_bytes:
                 self._max_heavy -= 1
@@ -95,7 +97,10 @@ class _Line:
         return waiter
 
     def leave(self, waiter: _Waiter) -> None:
-        own = next(pictures for pictures in self._round if waiter in pictures)
-        own.remove(waiter)
-        if not own:
-            self._round.remove(own)
+        """If it is still there."""
+        for own in self._round:
+            if waiter in own:
+                own.remove(waiter)
+                if not own:
+                    self._round.remove(own)
+                return

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from service.errors import InvalidRequest
-from service.families.pixels import flatten
-from service.gateway.pictures.decode import decode_picture
+from service.errors import InvalidRequest, TooLarge
+from service.families.pixels import flatten, resize_square
+from service.gateway.pictures.decode import decode_picture, draft_scale, draw, examine
 from service.gateway.pictures.key import picture_key
 from service.gateway.pictures.read import payload_start
+from tests.gateway.hostile_pictures import crumbs_png, scans_jpeg, segments_jpeg, thin_png
 from tests.gateway.picture_files import encoded, file_of
 
 LIMIT = 1_000_000
@@ -86,3 +90,67 @@ def test_the_key_depends_on_all_the_encoder_sees() -> None:
     }
     assert len(keys) == 4 and all(len(key) == 64 for key in keys)
     assert picture_key(one.copy(), "a") == picture_key(one, "a")
+
+
+@pytest.mark.parametrize("size", [(1500, 1200), (1200, 1500), (3000, 400), (400, 3000)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "CMYK", "RGB"])
+def test_resizing_in_bands_is_resizing_the_whole(mode: str, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 8, 4), np.uint8)
+    picture = Image.fromarray(noise).resize(size).convert(mode)
+    whole = np.asarray(flatten(picture).resize((224, 224), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    difference = np.abs(resize_square(picture, 224).astype(int) - whole)
+    if mode == "RGB" or size[0] > size[1]:
+        assert not difference.any()
+    else:  # Pillow may shorten the other side first: rounded and clipped elsewhere
+        assert difference.mean() < 0.3 and difference.max() <= 12
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_orientations_are_pillow_s_own(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 30, 3), np.uint8))
+    content = file_of(noise, form, exif=exif.tobytes())
+    assert (pixels(content) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))).all()
+
+
+def test_pixels_are_pillow_s_own_below_the_size_of_drafts() -> None:
+    noise = Image.effect_noise((1100, 900), 80).convert("RGB")
+    for form, options in [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {"lossless": True})]:
+        content = file_of(noise, form, **options)
+        assert (pixels(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
+        assert draft_scale(examine(content, "image", 10**8), 224) == 1
+
+
+def test_a_huge_photo_is_decoded_smaller_with_hardly_a_difference() -> None:
+    photo = Image.effect_noise((300, 250), 60).resize((4800, 4000)).convert("RGB")
+    container = examine(file_of(photo, "JPEG"), "image", 10**8)
+    scale = draft_scale(container, 224)
+    smaller = draw(container, "image", scale)
+    assert scale == 4 and smaller.size == (1200, 1000)
+    difference = np.abs(resize_square(smaller, 224).astype(int) - resize_square(draw(container, "image"), 224))
+    assert difference.mean() < 1 and difference.max() <= 8
+
+
+def test_metadata_is_left_out_and_pixels_stay() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 9000
+    for form in ("PNG", "JPEG", "WEBP"):
+        content = file_of(noise, form, icc_profile=b"x" * 9000, exif=exif.tobytes())
+        container = examine(content, "image", LIMIT)
+        assert len(container.content) < len(content) - 9000 or form == "PNG"
+        assert not Image.open(io.BytesIO(container.content)).info.keys() & {"icc_profile", "exif", "xmp"}
+        assert (pixels(content) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("make", [scans_jpeg, segments_jpeg, crumbs_png])
+def test_more_parts_than_a_picture_needs_are_refused_unseen(make: Callable[[], bytes]) -> None:
+    with pytest.raises(TooLarge, match="too many parts"):
+        examine(make(), "image", 10**8)
+
+
+def test_a_picture_millions_of_pixels_long_is_refused_by_its_side() -> None:
+    with pytest.raises(TooLarge, match="65535"):
+        examine(thin_png(), "image", 10**8)
