@@ -15,7 +15,7 @@ def tiny(folder: Path) -> Path:
 
 
 def steady(folder: Path) -> Path:
-    """A step takes tens of milliseconds: the decoder is what bounds the service, and a machine's hiccups are shorter."""
+    """A step takes tens of milliseconds: the decoder bounds the service, and a machine's hiccups are shorter."""
     return make_idefics(
         folder / "steady",
         max_position_embeddings=CONTEXT,
