@@ -1,6 +1,9 @@
 # make serve    everything, from nothing to a first answer      MODEL_PATH=… PORT=… HOST=… make serve
 # make test     every test, those on real Triton too
 # make test-compose  the deployment on a real Docker engine: builds the images, brings them up, breaks them
+# make test-chaos   faults under load, and hostile clients beside innocent ones: nothing lost, nothing wrong, nothing leaked
+# make soak     mixed traffic at one and a half times the capacity, ten minutes
+# make fuzz     20,000 mutated requests, 20,000 mutated pictures, schemathesis       each of the three: ARGS=--short, ARGS=--write
 # make check    what CI checks: format, lint, types, layers
 # make clean    removes what these made, the virtual environment included
 
@@ -23,7 +26,7 @@ $(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cach
 	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
 endef
 
-.PHONY: serve test test-compose check clean install install-dev
+.PHONY: serve test test-compose test-chaos soak fuzz check clean install install-dev
 .SILENT:
 
 serve: install
@@ -34,6 +37,16 @@ test: install-dev
 
 test-compose: install-dev
 	$(VENV)/bin/python -m pytest tests/compose -m compose -o timeout=3600 $(ARGS)
+
+test-chaos: install-dev
+	$(VENV)/bin/python -m tests.reliability.chaos $(ARGS)
+	$(VENV)/bin/python -m tests.reliability.neighbours $(ARGS)
+
+soak: install-dev
+	$(VENV)/bin/python -m tests.reliability.soak $(ARGS)
+
+fuzz: install-dev
+	$(VENV)/bin/python -m tests.reliability.fuzz $(ARGS)
 
 check: install-dev
 	$(VENV)/bin/ruff format --check .

@@ -40,7 +40,6 @@ def main() -> int:
 def serve(settings: LaunchSettings, family: Family, port: int, *, question: bool, once: bool) -> int:
     """Returns once everything is stopped. Raises Unavailable if Triton or the gateway does not start."""
     begin_s = time.monotonic()
-    remove_stale_shared_memory()
     ports = TritonPorts(*free_ports(3, besides=[port]))
     gateway, triton = make_services(settings, family, port, ports)
     supervisor = Supervisor([gateway, triton], say)

@@ -17,6 +17,7 @@ from service.launch.triton import (
     EXIT_TIMEOUT_S,
     TritonPorts,
     link_backends,
+    remove_stale_shared_memory,
     stub_pids,
     triton_command,
     triton_environment,
@@ -62,9 +63,14 @@ def _triton(settings: LaunchSettings, family: Family, ports: TritonPorts, logs: 
     log = logs / "triton.log"
     environment = triton_environment(family.folder, settings.device, settings.num_threads)
     command = triton_command(ports, link_backends(environment))
+
+    def start() -> Child:
+        remove_stale_shared_memory()  # of the one before, if it was killed
+        return Child(command, environment, death_signal=signal.SIGKILL, log=log)
+
     return Service(
         name="Triton",
-        start=lambda: Child(command, environment, death_signal=signal.SIGKILL, log=log),
+        start=start,
         is_ready=lambda: answers(LOOPBACK, ports.http, "/v2/health/ready"),
         explain=lambda: _reason(log),
         stop_timeout_s=EXIT_TIMEOUT_S + 3.0,

@@ -33,6 +33,8 @@ SECONDS, SECONDS_SHORT = 600.0, 60.0
 CAPACITY_S, CAPACITY_S_SHORT = 30.0, 10.0
 NUM_CLIENTS = 24
 OVERLOAD = 1.5
+FILLING = 0.25  # of the time: until then queues fill, and what is admitted is not yet finished
+SETTINGS = {"CROSSGATE_KV_BLOCKS": "2048", "CROSSGATE_IMAGE_PAGES": "256"}
 MIN_GOODPUT = 0.8
 MAX_GROWTH, ALLOWANCE = 1.10, 8 << 20  # the last third's mean over the first's, and what a page cache may add
 PROBE_S = 1.0
@@ -112,17 +114,20 @@ async def _capacity(traffic: Traffic, seconds: float) -> tuple[float, float]:
 
 
 async def _open_loop(traffic: Traffic, rate: float, seconds: float) -> float:
-    """Good answers a second while requests came; all requests have ended when it returns."""
+    """Good answers a second while requests came, once queues are full; all requests have ended when it returns."""
     begin_s = time.monotonic()
-    num_sent = 0
+    num_sent = num_before = 0
+    filled_s = seconds * FILLING
     async with asyncio.TaskGroup() as group:
         while (now_s := time.monotonic()) < begin_s + seconds:
             while num_sent < rate * (now_s - begin_s):
                 group.create_task(traffic.ask())
                 num_sent += 1
+            if now_s < begin_s + filled_s:
+                num_before = traffic.num_good()
             await asyncio.sleep(0.01)
-        good = traffic.num_good()
-    return good / seconds
+        num_good = traffic.num_good() - num_before
+    return num_good / (seconds - filled_s)
 
 
 def _report(
@@ -149,7 +154,7 @@ def _report(
     unready = f"{len(watch.unready)} of {watch.num_probes} probes{_some(watch.unready)}"
     report.add("/readyz not 200", unready, "0", not watch.unready and watch.num_probes > 0)
     for role, measured in watch.bytes_of.items():
-        measured = measured[len(measured) // 10 :]  # until then queues fill
+        measured = measured[int(len(measured) * FILLING) :]
         third = len(measured) // 3
         first, last = mean(measured[:third]), mean(measured[-third:])
         text = f"{first / 2**20:.0f} → {last / 2**20:.0f} MiB, at most {max(measured) / 2**20:.0f}"
@@ -166,7 +171,7 @@ async def run(seconds: float, capacity_s: float) -> Report:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         checkpoint = models.steady(folder)
-        running = Running("--no-question", **environment(folder, checkpoint))
+        running = Running("--no-question", **environment(folder, checkpoint, **SETTINGS))
         try:
             await asyncio.to_thread(running.wait_until_ready)
             return await soak(Subject(running, folder), seconds, capacity_s)
