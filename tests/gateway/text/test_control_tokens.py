@@ -20,7 +20,7 @@ from demo.smollm2 import open_smollm2, read_tokenizer
 from service.errors import InvalidRequest
 from service.families import load_family
 from service.families.family import sights
-from service.gateway.http.schemas import ChatBody, GenerateBody
+from service.gateway.api.schemas import ChatBody, GenerateBody
 from service.gateway.question import SamplingDefaults
 from service.gateway.text.control_tokens import ControlTokens
 from service.gateway.text.disguise import FIRST_PRIVATE, LAST_PRIVATE, Disguise

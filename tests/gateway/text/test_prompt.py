@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from service.errors import InvalidRequest
 from service.families import Family
-from service.gateway.http.schemas import ChatBody, GenerateBody
+from service.gateway.api.schemas import ChatBody, GenerateBody
 from service.gateway.question import SamplingDefaults
 from service.gateway.text.chat import ChatTemplate
 from service.gateway.text.prompt import PromptBuilder, load_tokenizer, special_tokens

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import InvalidRequest, TooLarge
-from service.gateway.http.json_body import JsonLimits, load_json
+from service.gateway.api.json_body import JsonLimits, load_json
 from tests.gateway.picture_files import RED
 
 LIMITS = JsonLimits(max_bytes=1 << 20, max_pictures=16)

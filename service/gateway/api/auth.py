@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request
 
 from service.errors import Unauthorized
-from service.gateway.http.keys import KeyRing
+from service.gateway.api.keys import KeyRing
 
 _BEARER = HTTPBearer(auto_error=False, description="A key of this service.")
 _Given = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]

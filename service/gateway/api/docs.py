@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from service.gateway.http.schemas import ChatBody, GenerateBody
+from service.gateway.api.schemas import ChatBody, GenerateBody
 
 _REF = "#/components/schemas/"
 _IMAGE_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}

@@ -10,11 +10,11 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from service.errors import InvalidRequest, NotFound
+from service.gateway.api.forms import FormLimits, parse_form
+from service.gateway.api.json_body import JsonLimits, load_json
+from service.gateway.api.schemas import ChatBody, GenerateBody
+from service.gateway.api.validation import validate
 from service.gateway.http.bodies import BodyBudget
-from service.gateway.http.forms import FormLimits, parse_form
-from service.gateway.http.json_body import JsonLimits, load_json
-from service.gateway.http.schemas import ChatBody, GenerateBody
-from service.gateway.http.validation import validate
 from service.gateway.question import Question, SamplingDefaults
 
 MAX_MEDIA_TYPE_CHARS = 1024

@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import CrossgateError
-from service.gateway.http.auth import key_check
-from service.gateway.http.docs import CHAT_DOCS, GENERATE_DOCS
-from service.gateway.http.keys import KeyRing
-from service.gateway.http.questions import QuestionReader, check_model
-from service.gateway.http.replies import ChatReply, GenerateReply, Reply
+from service.gateway.api.auth import key_check
+from service.gateway.api.docs import CHAT_DOCS, GENERATE_DOCS
+from service.gateway.api.keys import KeyRing
+from service.gateway.api.questions import QuestionReader, check_model
+from service.gateway.api.replies import ChatReply, GenerateReply, Reply
 from service.gateway.http.sse import EventStream, or_disconnected
 from service.gateway.pipeline import Piece, Pipeline
 from service.gateway.question import Question

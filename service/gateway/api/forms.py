@@ -9,8 +9,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import InvalidRequest, TooLarge
-from service.gateway.http.schemas import GenerateBody
-from service.gateway.http.validation import validate
+from service.gateway.api.schemas import GenerateBody
+from service.gateway.api.validation import validate
 from service.gateway.question import PictureSource
 
 REPEATED = frozenset({"stop", "stop_token_ids"})
