@@ -130,6 +130,7 @@ def _serve(
         decoders[decoder].hold(key)
     else:
         decoders[decoder].insert(key)
+        decoders[decoder].filled(key)
     if believed is not None:
         believed.add([key])
     return decoder
