@@ -36,9 +36,11 @@ MAX_RECOVERY_S = 30.0
 QUIET_S, STEADY_S = 2.0, 4.0  # of load before a fault, and without any failure after it
 STALL_LIMIT_S = 30.0  # for the gateway to drop who stalls: CROSSGATE_CLIENT_TIMEOUT_S, once its buffers are full
 NUM_BLOCKS, NUM_PAGES = 256, 16
+NUM_PICTURES = 20  # more than there are pages
 SETTINGS = {
     "CROSSGATE_KV_BLOCKS": str(NUM_BLOCKS),
     "CROSSGATE_IMAGE_PAGES": str(NUM_PAGES),
+    "CROSSGATE_LATENTS_CACHE_BYTES": "0",  # what the pool has lost is encoded again: the encoder has work, too
     "CROSSGATE_CLIENT_TIMEOUT_S": "5",
 }
 HEADER = ("fault", "sent", "finished", "failed cleanly", "lost", "wrong", "recovery, s", "leaks")
@@ -59,7 +61,7 @@ class Chaos:
         self._folder = folder
         self.checkpoint = models.tiny(folder)
         self.checkout = copy_checkout(folder / "failing", failing=True)
-        self.questions = make_questions()
+        self.questions = make_questions(NUM_PICTURES)
         self.hogs = [generate(f"Tell me number {number}.", (), stream=True, max_tokens=600) for number in range(8)]
         self.hogs += [
             generate(f"And {number}?", tuple(range(NUM_PAGES)), stream=False, max_tokens=150) for number in range(4)

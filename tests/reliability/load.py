@@ -13,7 +13,7 @@ from tests.reliability.client import CLEAN, Answer, Client, Outcome, Reply
 from tests.reliability.questions import Question
 
 PAUSE_S = 0.2  # of a client that was refused or cut off
-WARM_AT_ONCE = 200  # more than run at once: libraries open threads for as many as come together
+WARM_AT_ONCE = 100  # more than run at once: libraries open threads for as many as come together
 RETRY_S = 60.0  # a client whose connection broke tries again for so long
 
 

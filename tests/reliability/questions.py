@@ -16,7 +16,6 @@ from tests.reliability.client import Answer, Client, Outcome
 
 GENERATE, CHAT = "/v1/generate", "/v1/chat/completions"
 PROMPTS = ("What is in the picture?", "Is there a red one?")
-NUM_PICTURES = 6
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,16 @@ class Question:
     body: bytes
 
 
-def make_questions() -> list[Question]:
+def make_questions(num_pictures: int) -> list[Question]:
     """Text alone, one picture, two; both routes; streamed and not."""
-    questions = []
-    for number in range(NUM_PICTURES):
-        for prompt in PROMPTS:
-            for stream in (True, False):
-                questions.append(generate(prompt, (number,), stream=stream, max_tokens=24))
-        questions.append(chat(PROMPTS[0], (number,), stream=number % 2 == 0, max_tokens=32))
-        questions.append(generate(PROMPTS[1], (number, (number + 1) % NUM_PICTURES), stream=True, max_tokens=16))
-    questions += [generate(PROMPTS[0], (), stream=stream, max_tokens=40) for stream in (True, False)]
+    questions = [generate(PROMPTS[0], (), stream=stream, max_tokens=40) for stream in (True, False)]
+    for number in range(num_pictures):
+        even = number % 2 == 0
+        questions.append(generate(PROMPTS[0], (number,), stream=even, max_tokens=24))
+        questions.append(generate(PROMPTS[1], (number,), stream=not even, max_tokens=24))
+        questions.append(chat(PROMPTS[0], (number,), stream=even, max_tokens=32))
+        if even:
+            questions.append(generate(PROMPTS[1], (number, (number + 1) % num_pictures), stream=True, max_tokens=16))
     return questions
 
 
