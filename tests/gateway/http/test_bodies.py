@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
+from service.gateway.http.schemas import ChatBody, GenerateBody
 from tests.gateway.conftest import Connect
 from tests.gateway.fakes import FakeBackend
 from tests.gateway.http.raw import (
@@ -64,6 +67,25 @@ async def test_a_list_of_mistakes_costs_no_more_than_one(serve: Connect, name: s
         assert len(reply.content) < 1000
         assert time.perf_counter() - start < 2
     assert stall.worst_s < 0.5  # 0.02 on a quiet machine; one error an element stalled for seconds
+
+
+MISTAKES = [
+    (ChatBody, {"messages": [1] * 1000}),
+    (ChatBody, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+    (ChatBody, {"messages": [{"role": "user", "content": [{f"k{index}": 1 for index in range(1000)}]}]}),
+    (GenerateBody, {f"k{index}": 1 for index in range(1000)}),
+    (GenerateBody, {"prompt": ["a"] * 1000}),
+    (GenerateBody, {"prompt": "a", "images": [1] * 1000}),
+    (GenerateBody, {"prompt": "a", "stop": [1, 2, 3, 4]}),
+    (GenerateBody, {"prompt": "a", "stop_token_ids": ["a"] * 64}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), MISTAKES)
+async def test_validation_ends_at_the_first_mistake_of_a_list(model: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body, strict=True)
+    assert caught.value.error_count() <= 3
 
 
 async def test_json_that_is_no_picture_is_bounded_and_pictures_are_not_counted(serve: Connect) -> None:
@@ -133,6 +155,10 @@ async def test_every_body_gives_its_bytes_back(serve: Connect, backend: FakeBack
         async with client.stream("POST", GENERATE, json=streaming) as reply:
             await anext(reply.aiter_lines())
             assert budget.num_bytes == 0, "while the answer is generated nobody needs the body"
+        whole = asyncio.create_task(client.post(GENERATE, json={"prompt": "Hi", "images": [RED]}))
+        await until(lambda: len(backend.requests) == 2)
+        assert budget.num_bytes == 0
+        whole.cancel()
         async with connection(client) as (_, writer):
             writer.write(head(length=5 * MIB) + b"x" * MIB)
             await until(lambda: budget.num_bytes == 5 * MIB)
