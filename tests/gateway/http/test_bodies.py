@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from service.gateway.http.schemas import ChatBody, GenerateBody
+from service.gateway.api.schemas import ChatBody, GenerateBody
 from tests.gateway.conftest import Connect
 from tests.gateway.fakes import FakeBackend
 from tests.gateway.http.raw import (
