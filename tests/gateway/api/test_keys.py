@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import InvalidRequest
+from service.gateway.api import keys as module
 from service.gateway.api.keys import KeyRing
-from service.gateway.http import keys as module
 from tests.gateway.conftest import Connect
 from tests.gateway.fakes import FakeBackend
 
