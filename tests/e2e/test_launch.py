@@ -32,6 +32,10 @@ def stub_of(running: Running, model: str) -> int:
     return next(pid for pid in descendants(running.process.pid) if f"{model}/1/model.py" in command_of(pid))
 
 
+def gateway_of(running: Running) -> int:
+    return next(pid for pid in descendants(running.process.pid) if command_of(pid).endswith("-m service.gateway "))
+
+
 def wait_until_answered(running: Running, timeout_s: float = 90.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while httpx.post(f"{running.url}/v1/generate", json=question(picture(1)), timeout=60).status_code != 200:
@@ -88,8 +92,7 @@ def test_weights_replaced_under_a_running_gateway_are_never_mixed(tmp_path: Path
         os.kill(stub_of(running, "fused_decoder"), signal.SIGKILL)
         running.wait_for("Triton is back")
         after = ask_all()
-        gateway = next(pid for pid in descendants(running.process.pid) if "service.gateway" in command_of(pid))
-        os.kill(gateway, signal.SIGKILL)  # the new one has kept nothing
+        os.kill(gateway_of(running), signal.SIGKILL)  # the new one has kept nothing
         running.wait_for("gateway is back")
         wait_until_answered(running)
         fresh = ask_all()
@@ -100,7 +103,7 @@ def test_weights_replaced_under_a_running_gateway_are_never_mixed(tmp_path: Path
 
 
 def test_a_killed_gateway_is_replaced(service: Running) -> None:
-    killed = next(pid for pid in descendants(service.process.pid) if "service.gateway" in command_of(pid))
+    killed = gateway_of(service)
     os.kill(killed, signal.SIGKILL)
     deadline_s = time.monotonic() + 60
     while True:

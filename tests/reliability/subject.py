@@ -36,7 +36,7 @@ class Subject:
             return psutil.Process(self._gateway_pid)
         for process in psutil.Process(self.running.process.pid).children(recursive=True):
             with suppress(psutil.Error):
-                if any(COMMANDS[role] in word for word in process.cmdline()) and process.status() not in (
+                if any(word.endswith(COMMANDS[role]) for word in process.cmdline()) and process.status() not in (
                     psutil.STATUS_ZOMBIE,
                     psutil.STATUS_DEAD,
                 ):
