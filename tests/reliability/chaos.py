@@ -42,6 +42,7 @@ SETTINGS = {
     "CROSSGATE_IMAGE_PAGES": str(NUM_PAGES),
     "CROSSGATE_LATENTS_CACHE_BYTES": "0",  # what the pool has lost is encoded again: the encoder has work, too
     "CROSSGATE_CLIENT_TIMEOUT_S": "5",
+    "CROSSGATE_BODY_TIMEOUT_S": "15",
 }
 HEADER = ("fault", "sent", "finished", "failed cleanly", "lost", "wrong", "recovery, s", "leaks")
 Answers = dict[Question, Answer]
