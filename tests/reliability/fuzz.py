@@ -74,6 +74,7 @@ class Fuzz:
         self._url = url
         self._pid = pid
         self._port = int(url.rpartition(":")[2])
+        self._peak = 0
 
     async def check_right_ones(self) -> list[str]:
         """What the mutants are made from is answered, or refused, as it should be: or the run would say nothing."""
@@ -86,16 +87,15 @@ class Fuzz:
 
     async def run(self, kind: str, num_cases: int) -> Tally:
         tally = Tally(f"mutated {kind}")
-        before = 0
-        self._peak = 0
+        before = self._peak = 0
         sampling = asyncio.create_task(self._sample())
         for start in range(0, num_cases, BATCH):
             batch = [self._cases.make(kind, number) for number in range(start, min(start + BATCH, num_cases))]
             stood_s = await self._send(batch, tally)
             if stood_s > MAX_LOOP_S:
                 await self._who_stopped_the_loop(batch, tally)
-            if start <= num_cases // 10 < start + BATCH:
-                before = await self._rested()  # everything that is loaded on first use is there
+            if start <= num_cases // 10 < start + BATCH:  # everything that is loaded on first use is there
+                before = await self._rested()
             if len(tally.broken) > 20:
                 tally.broken.append("and more: given up")
                 break
@@ -146,7 +146,10 @@ class Fuzz:
             await asyncio.sleep(0.1)
 
     async def _rested(self) -> int:
+        """A few ordinary requests after a pause: the allocator gives memory back when it is next asked for some."""
         await asyncio.sleep(REST_S)
+        for case in self._cases.right():
+            await exchange(self._port, case.raw)
         return resident_bytes(self._pid)
 
     def _judge_memory(self, tally: Tally, before: int, peak: int, after: int) -> None:

@@ -15,7 +15,7 @@ ROLES = ("gateway", "encoder", "decoder", "Triton")
 
 
 class Watch:
-    """`bytes_of`: every sample of each process with all below it: Triton's holds both models'. `unready`: what was said."""
+    """`bytes_of`: samples of each process with all below it: Triton's holds the models'. `unready`: what was said."""
 
     def __init__(self, subject: Subject, period_s: float, *, probe: bool = True) -> None:
         self._url = subject.url
