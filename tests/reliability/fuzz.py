@@ -74,6 +74,7 @@ class Fuzz:
         self._url = url
         self._pid = pid
         self._port = int(url.rpartition(":")[2])
+        self._peak = 0
 
     async def check_right_ones(self) -> list[str]:
         """What the mutants are made from is answered, or refused, as it should be: or the run would say nothing."""
@@ -86,20 +87,20 @@ class Fuzz:
 
     async def run(self, kind: str, num_cases: int) -> Tally:
         tally = Tally(f"mutated {kind}")
-        before = peak = 0
+        before = self._peak = 0
+        sampling = asyncio.create_task(self._sample())
         for start in range(0, num_cases, BATCH):
             batch = [self._cases.make(kind, number) for number in range(start, min(start + BATCH, num_cases))]
             stood_s = await self._send(batch, tally)
             if stood_s > MAX_LOOP_S:
                 await self._who_stopped_the_loop(batch, tally)
-            memory = resident_bytes(self._pid)
-            peak = max(peak, memory)
-            if start <= num_cases // 10 < start + BATCH:
-                before = await self._rested()  # everything that is loaded on first use is there
+            if start <= num_cases // 10 < start + BATCH:  # everything that is loaded on first use is there
+                before = await self._rested()
             if len(tally.broken) > 20:
                 tally.broken.append("and more: given up")
                 break
-        self._judge_memory(tally, before, peak, await self._rested())
+        sampling.cancel()
+        self._judge_memory(tally, before, self._peak, await self._rested())
         return tally
 
     async def only(self, kind: str, number: int) -> None:
@@ -139,8 +140,16 @@ class Fuzz:
         if not found:
             tally.broken.append(f"the loop stood for {tally.worst_s:.1f} s within {batch[0].name} … {batch[-1].name}")
 
+    async def _sample(self) -> None:
+        while True:
+            self._peak = max(self._peak, await asyncio.to_thread(resident_bytes, self._pid))
+            await asyncio.sleep(0.1)
+
     async def _rested(self) -> int:
+        """A few ordinary requests after a pause: the allocator gives memory back when it is next asked for some."""
         await asyncio.sleep(REST_S)
+        for case in self._cases.right():
+            await exchange(self._port, case.raw)
         return resident_bytes(self._pid)
 
     def _judge_memory(self, tally: Tally, before: int, peak: int, after: int) -> None:

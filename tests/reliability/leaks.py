@@ -48,7 +48,7 @@ def holdings(subject: Subject) -> Holdings:
 def gauges(url: str) -> Iterator[tuple[str, float]]:
     """Ours alone, as they are now, but for those of caches."""
     kinds: dict[str, str] = {}
-    for line in httpx.get(url, timeout=10.0, headers={"connection": "close"}).text.splitlines():
+    for line in httpx.get(url, timeout=10.0, headers={"connection": "close"}, verify=False).text.splitlines():
         if line.startswith("# TYPE "):
             _, _, name, kind = line.split()
             kinds[name] = kind

@@ -11,7 +11,7 @@ import zlib
 from random import Random
 from typing import Any
 
-MAX_BYTES = 200_000
+MAX_BYTES, MAX_JSON_BYTES = 200_000, 2_000_000
 NUMBERS = (
     0,
     1,
@@ -152,7 +152,7 @@ def _shuffle(rng: Random, chunks: list[bytes]) -> list[bytes]:
             case 0 if len(chunks) > 1:
                 del chunks[at]
             case 1:
-                chunks[at:at] = chunks[at : at + 1] * rng.choice((1, 5, 60))
+                chunks[at:at] = chunks[at : at + 1] * rng.choice((1, 5, 60, 2000))
             case 2:
                 rng.shuffle(chunks)
             case _ if chunks:
@@ -219,7 +219,7 @@ def mutate_json(rng: Random, value: Any) -> bytes:
     text = json.dumps(changed, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
     if rng.random() < 0.2:
         text = mutate_bytes(rng, text)
-    return text[:MAX_BYTES]
+    return text[:MAX_JSON_BYTES]
 
 
 def _mutate_value(rng: Random, value: Any) -> Any:
@@ -251,7 +251,7 @@ def _odd_value(rng: Random) -> Any:
         case 4:
             return rng.choice((None, True, False, [], {}, [[]], {"": {}}))
         case 5:
-            return [rng.choice(NUMBERS)] * rng.choice((1, 20, 5000))
+            return [rng.choice((*NUMBERS, None, "", 0.5, {}))] * rng.choice((1, 20, 20, 5000, 300_000))
         case 6:
             nested: Any = rng.choice(TEXTS)
             for _ in range(rng.choice((3, 100, 900))):

@@ -85,7 +85,7 @@ class Neighbours:
         row = Row(attack.__name__.replace("_", " "))
         replies: list[Reply] = []
         attacking: asyncio.Future[Answers] | None = None
-        with Watch(self._subject, 0.05, probe=False) as watch:
+        with Watch(self._subject, 0.1, probe=False) as watch:
             deadline_s = time.monotonic() + ATTACK_LIMIT_S
             while attacking is None or (not attacking.done() and time.monotonic() < deadline_s):
                 streams = [

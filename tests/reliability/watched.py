@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 
 INSIDE = Path(__file__).with_name("inside")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ def loop_state(folder: Path, pid: int, url: str, timeout_s: float = 30.0) -> Loo
         if time.monotonic() > deadline_s:
             return None
         with suppress(httpx.TransportError):  # a loop that sleeps runs no Python
-            httpx.get(f"{url}/livez", timeout=2.0)
+            httpx.get(f"{url}/livez", timeout=2.0, verify=False)
         time.sleep(0.02)
     return LoopState(**json.loads(path.read_text()))
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process and of all below it."""
+    """Of a process and of all below it. Cheap enough to be asked ten times a second."""
     total = 0
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for each in [process, *process.children(recursive=True)]:
-            with suppress(psutil.Error):
-                total += each.memory_info().rss
+    with suppress(OSError):
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                total += sum(resident_bytes(int(child)) for child in (thread / "children").read_text().split())
     return total
