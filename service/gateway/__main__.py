@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     try:
+        os.environ["TOKENIZERS_PARALLELISM"] = (
+            "false"  # in the calling thread, which gives way to others, not in a pool
+        )
         settings = load_settings()
         configure_logs(settings.log_level)
         family = load_family(settings.model_path)

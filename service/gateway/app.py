@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +52,7 @@ from service.gateway.text.prompt import PromptBuilder
 
 log = logging.getLogger(__name__)
 
+NICENESS = 5  # of threads that tokenize
 MAX_DECODING_CORES = 4  # each worker process takes some 35 MB, used or not
 
 
@@ -71,7 +74,7 @@ def create_app(
     )
     metrics.watch(admission)
     keys = _keys(settings, admission, metrics)
-    threads = ThreadPoolExecutor(max_workers=num_cores(), thread_name_prefix="gateway")
+    threads = ThreadPoolExecutor(max_workers=num_cores(), thread_name_prefix="text", initializer=_give_way)
     pictures = PictureReader(
         family,
         PictureLimits(
@@ -140,6 +143,11 @@ def create_app(
     install_docs(app)
     install_errors(app, metrics)
     return app
+
+
+def _give_way() -> None:
+    """A long text must not take the cores from the decoder, which may be on the same: for the thread that calls."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def install_errors(app: FastAPI, metrics: Metrics) -> None:
