@@ -113,6 +113,7 @@ def create_app(
     questions = QuestionReader(
         served_name=settings.served_name,
         max_images=settings.max_images,
+        max_image_bytes=settings.max_image_bytes,
         max_json_bytes=settings.max_json_bytes,
         max_prompt_tokens=family.decoder.max_positions,
         chat_defaults=chat_defaults(family.folder),

@@ -27,6 +27,7 @@ _KEY = re.compile(rb'"[ \t\r\n]*:')  # the end of a string that is a key
 class JsonLimits:
     max_bytes: int  # apart from pictures
     max_pictures: int  # that are set aside; more are refused later, by name
+    max_picture_bytes: int  # of a larger one as much is kept as it takes to be refused later, by name
 
 
 def load_json(body: bytes | bytearray, limits: JsonLimits) -> dict[str, Any]:
@@ -68,7 +69,8 @@ class _Pictures:
                 continue
             begin = head + len(_BASE64)
             end = body.find(b'"', begin)
-            base64 = None if end < 0 or _KEY.match(body, end) else _text(body, begin, end)
+            kept = min(end, begin + self._limits.max_picture_bytes // 3 * 4 + 16)
+            base64 = None if end < 0 or _KEY.match(body, end) else _text(body, begin, kept)
             if base64 is None:
                 at = begin
                 continue

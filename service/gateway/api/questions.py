@@ -31,6 +31,7 @@ class QuestionReader:
         *,
         served_name: str,
         max_images: int,
+        max_image_bytes: int,
         max_json_bytes: int,
         max_prompt_tokens: int,
         chat_defaults: SamplingDefaults,
@@ -39,7 +40,7 @@ class QuestionReader:
     ) -> None:
         self._bodies = bodies
         self._served_name = served_name
-        self._json_limits = JsonLimits(max_json_bytes, max_images)
+        self._json_limits = JsonLimits(max_json_bytes, max_images, max_image_bytes)
         self._form_limits = FormLimits(max_images, max_json_bytes, max_prompt_tokens)
         self._max_prompt_tokens = max_prompt_tokens
         self._chat_defaults = chat_defaults

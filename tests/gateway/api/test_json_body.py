@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from service.errors import InvalidRequest, TooLarge
 from service.gateway.api.json_body import JsonLimits, load_json
 from tests.gateway.picture_files import RED
 
-LIMITS = JsonLimits(max_bytes=1 << 20, max_pictures=16)
+LIMITS = JsonLimits(max_bytes=1 << 20, max_pictures=16, max_picture_bytes=64 << 20)
 MIB = 1 << 20
 TEXTS = st.text(alphabet='a{[",:\\/é', max_size=8) | st.sampled_from(
     [RED, RED + "\\", "data:;base64,", 'data:"', RED + '"']
@@ -36,7 +37,7 @@ def test_setting_pictures_aside_changes_nothing(data: dict, ascii_only: bool, es
 
 
 def test_what_is_no_picture_is_bounded_by_its_bytes_whatever_it_calls_itself() -> None:
-    limits = JsonLimits(max_bytes=1000, max_pictures=2)
+    limits = JsonLimits(max_bytes=1000, max_pictures=2, max_picture_bytes=64 << 20)
     picture = "data:image/png;base64," + "A" * 5000
     assert load_json(json.dumps({"images": [picture, picture]}).encode(), limits) == {"images": [picture, picture]}
     for data in (
@@ -93,3 +94,15 @@ def test_the_time_for_a_body_is_that_of_reading_it(name: str) -> None:
     with contextlib.suppress(InvalidRequest):
         load_json(HOSTILE[name], LIMITS)
     assert time.perf_counter() - start < 1.5
+
+
+def test_of_a_picture_past_its_limit_no_more_is_copied_than_shows_it() -> None:
+    limits = JsonLimits(max_bytes=1000, max_pictures=2, max_picture_bytes=3 * MIB)
+    body = bytearray(b'{"images":["data:image/png;base64,' + b"A" * (60 * MIB) + b'"]}')
+    tracemalloc.start()
+    try:
+        (url,) = load_json(body, limits)["images"]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 4 * MIB < len(url) < 5 * MIB and peak_bytes < 20 * MIB
