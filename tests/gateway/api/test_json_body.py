@@ -89,7 +89,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_time_for_a_body_is_that_of_reading_it(name: str) -> None:
     """A generous bound: a second for 60 MiB; what was quadratic took minutes."""
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(InvalidRequest):
         load_json(HOSTILE[name], LIMITS)
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
