@@ -182,7 +182,7 @@ def test_what_a_gateway_lets_in_fits_the_streams_of_its_connection(settings):
 
 @pytest.mark.parametrize("settings", [SETTINGS, {}], ids=["kubernetes", "defaults"])
 def test_a_gateway_has_a_connection_for_all_who_run_or_wait_and_more(settings):
-    """Else its queue is never full, and who comes too late is refused a connection instead of told when to come back."""
+    """Else its queue is never full, and who comes too late finds the door shut instead of hearing when to come back."""
     let_in = number("MAX_CONCURRENT_REQUESTS", settings) + number("MAX_QUEUE", settings)
     assert number("MAX_CONNECTIONS", settings) > let_in
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from service.gateway.pictures.read import PictureReader
 from service.gateway.question import PictureSource
 from tests.gateway.checkpoints import IMAGE_SIZE
 from tests.gateway.hostile_pictures import huge_interlaced_png, huge_webp
+from tests.gateway.http.raw import until
 from tests.gateway.picture_files import data_url, encoded
 
 pytestmark = pytest.mark.asyncio
@@ -58,12 +59,6 @@ async def gone(pid: int) -> bool:
             return True
         await asyncio.sleep(0.05)
     return False
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def until_at_work(pictures: PictureReader) -> None:
