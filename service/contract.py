@@ -33,7 +33,6 @@ MAX_SAMPLING_BYTES = 4096  # several times what the longest legal JSON has
 
 VISION_ENCODER = "vision_encoder"
 FUSED_DECODER = "fused_decoder"
-MAX_STOP_TOKEN_IDS = 64
 
 
 class FinishReason(StrEnum):

@@ -180,6 +180,13 @@ def test_what_a_gateway_lets_in_fits_the_streams_of_its_connection(settings):
     assert number("MAX_CONCURRENT_REQUESTS", settings) + number("MAX_CONCURRENT_ENCODES", settings) < streams
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, {}], ids=["kubernetes", "defaults"])
+def test_a_gateway_has_a_connection_for_all_who_run_or_wait_and_more(settings):
+    """Else its queue is never full, and who comes too late finds the door shut instead of hearing when to come back."""
+    let_in = number("MAX_CONCURRENT_REQUESTS", settings) + number("MAX_QUEUE", settings)
+    assert number("MAX_CONNECTIONS", settings) > let_in
+
+
 def test_all_gateways_together_do_not_fill_the_encoders_queues():
     config = (ROOT / "model_repo/vision_encoder/config.pbtxt").read_text()
     queue = int(re.search(r"max_queue_size: (\d+)", config)[1])

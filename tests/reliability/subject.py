@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from tests.e2e.running import Running
-from tests.reliability.watched import LoopState, loop_state, resident_bytes, watching
+from tests.reliability.watched import LoopState, loop_state, watching
 
 COMMANDS = {
     "gateway": "service.gateway",
@@ -53,9 +53,6 @@ class Subject:
 
     def loop_state(self) -> LoopState | None:
         return loop_state(self.folder, self.process("gateway").pid, self.url)
-
-    def gateway_bytes(self) -> int:
-        return resident_bytes(self.process("gateway").pid)
 
 
 def environment(folder: Path, checkpoint: Path, **settings: str) -> dict[str, str]:

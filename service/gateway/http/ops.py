@@ -11,7 +11,7 @@ OPS_PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class OpsPort:
-    """`port` None: every route at every port."""
+    """`port` None: every route at every port. Below `Edge`, whose record learns of what is refused here."""
 
     def __init__(self, app: ASGIApp, *, port: int | None) -> None:
         self._app = app
@@ -22,6 +22,7 @@ class OpsPort:
             _, local_port = scope["server"]
             if (scope["path"] in OPS_PATHS) != (local_port == self._port):
                 error = NotFound(f"There is no {scope['path'][:200]} here.")
+                scope["state"]["record"].error = error
                 await JSONResponse(error.body(), error.status)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

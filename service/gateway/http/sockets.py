@@ -1,4 +1,7 @@
-"""How the kernel treats clients' connections, so that one whose peer stalls or has vanished is not kept."""
+"""How the kernel treats clients' connections, so that one whose peer stalls or has vanished is not kept.
+
+`connections` sees only what the kernel has no room for, so a stream that sends little would never be missed there.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from service.errors import InvalidRequest, Overloaded, TooLarge
+from service.errors import InvalidRequest, Overloaded, TooLarge, Unavailable
 from service.gateway.pictures.turns import Turns
 from service.gateway.pictures.worker import HEAD, Setup, head_bytes
 
@@ -39,14 +39,14 @@ class Workers:
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._turns = Turns(num_workers, setup.limits.memory_bytes)
-        self._idle: list[_Worker] = []
+        self._idle: list[_Worker | None] = []  # None: one that could not be started
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending: set[asyncio.Task[int]] = set()
 
     @property
     def pids(self) -> list[int]:
         """Of those that have nothing to do."""
-        return [worker.pid for worker in self._idle]
+        return [worker.pid for worker in self._idle if worker is not None]
 
     def start(self) -> None:
         """In the thread of the event loop that will ask: workers end with it."""
@@ -57,7 +57,8 @@ class Workers:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         while self._idle:
-            self._end(self._idle.pop())
+            if (worker := self._idle.pop()) is not None:
+                self._end(worker)
         await asyncio.gather(*self._ending)
 
     async def ask(
@@ -71,7 +72,7 @@ class Workers:
     ) -> tuple[dict[str, Any], bytes]:
         """A worker's answer, once it is our turn. Who leaves frees the worker after GRACE_S at the latest.
 
-        Raises InvalidRequest or TooLarge for head["field"], or Overloaded.
+        Raises InvalidRequest or TooLarge for head["field"], Overloaded, or Unavailable.
         """
         try:
             async with asyncio.timeout(max_wait_s):
@@ -93,10 +94,12 @@ class Workers:
         self, head: dict[str, Any], content: Iterable[bytes], heavy_bytes: int
     ) -> tuple[dict[str, Any], bytes]:
         worker = self._idle.pop()
-        if worker.has_ended:
+        if worker is None or worker.has_ended:
             worker = self._replace(worker)
         can_go_on = False
         try:
+            if worker is None:
+                raise Unavailable("Pictures cannot be decoded now.", retry_after_s=RETRY_AFTER_S)
             async with asyncio.timeout(self._timeout_s):
                 answer, body = await worker.ask(head, content)
             can_go_on = not answer.get("retires")
@@ -112,9 +115,15 @@ class Workers:
             self._idle.append(worker if can_go_on else self._replace(worker))
             self._turns.give_back(heavy_bytes)
 
-    def _replace(self, worker: _Worker) -> _Worker:
-        self._end(worker)
-        return _Worker(self._setup)
+    def _replace(self, worker: _Worker | None) -> _Worker | None:
+        """None: the system starts no process now. Whoever comes next tries again."""
+        if worker is not None:
+            self._end(worker)
+        try:
+            return _Worker(self._setup)
+        except OSError:
+            log.exception("a picture worker could not be started")
+            return None
 
     def _end(self, worker: _Worker) -> None:
         """Killed now, reaped off the loop: the kernel may have much memory to take back."""

@@ -66,21 +66,23 @@ async def test_a_head_below_the_limits_is_answered(serve: Connect) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT"], ids=["silent", "an empty line", "half a head"])
 async def test_who_does_not_ask_in_time_loses_his_connection(serve: Connect, sent: bytes) -> None:
-    async with serve(header_timeout_s=0.5) as client, connection(client) as (reader, writer):
+    async with serve(header_timeout_s=0.5) as client:
         start = time.perf_counter()
-        writer.write(sent)
-        reply = await all_of(reader)
-        assert 0.3 < time.perf_counter() - start < 5
+        async with connection(client) as (reader, writer):
+            writer.write(sent)
+            reply = await all_of(reader)
+        assert 0.4 < time.perf_counter() - start < 10
         assert not reply or status(reply) == 408
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["a new connection", "a kept one"])
 async def test_a_byte_now_and_then_does_not_keep_a_head_open(serve: Connect, kept: bool) -> None:
-    async with serve(header_timeout_s=0.5, keep_alive_s=60) as client, connection(client) as (reader, writer):
+    async with serve(header_timeout_s=0.5, keep_alive_s=60) as client, contextlib.AsyncExitStack() as stack:
+        start = time.perf_counter()
+        reader, writer = await stack.enter_async_context(connection(client))
         if kept:
             writer.write(head("/v1/models", method="GET"))
             assert status(await reader.readuntil(b"}]}")) == 200
-        start = time.perf_counter()
         reading = asyncio.create_task(all_of(reader))
         for byte in head("/v1/models", method="GET") * 9:
             if reading.done():
@@ -88,7 +90,7 @@ async def test_a_byte_now_and_then_does_not_keep_a_head_open(serve: Connect, kep
             writer.write(bytes([byte]))
             await asyncio.sleep(0.1)
         assert status(await reading) == 408
-        assert 0.3 < time.perf_counter() - start < 5
+        assert 0.4 < time.perf_counter() - start < 10
 
 
 async def test_who_leaves_with_requests_in_line_cancels_the_one_that_runs(serve: Connect, backend: FakeBackend) -> None:
@@ -102,13 +104,13 @@ async def test_who_leaves_with_requests_in_line_cancels_the_one_that_runs(serve:
 
 async def test_an_idle_connection_is_kept_for_its_time_and_no_longer(serve: Connect) -> None:
     async with serve(keep_alive_s=1.0, header_timeout_s=10) as client, connection(client) as (reader, writer):
-        for _ in range(2):
+        for pause_s in (0.3, 0.0):
+            start = time.perf_counter()
             writer.write(head("/v1/models", method="GET"))
             assert status(await reader.readuntil(b"}]}")) == 200
-            await asyncio.sleep(0.3)
-        start = time.perf_counter()
+            await asyncio.sleep(pause_s)
         assert await all_of(reader) == b""
-        assert 0.4 < time.perf_counter() - start < 5
+        assert 0.9 < time.perf_counter() - start < 10
 
 
 async def test_connections_that_ask_nothing_make_way_and_busy_ones_are_counted(
@@ -186,7 +188,7 @@ async def test_only_few_requests_wait_in_one_connection(serve: Connect, backend:
                 assert status(await reader.readuntil(b"}}")) == 200
 
 
-async def test_who_does_not_take_his_reply_loses_his_connection(serve: Connect) -> None:
+async def test_who_does_not_take_his_replies_loses_his_connection_before_they_pile_up(serve: Connect) -> None:
     """Whole replies, too: here many times the documentation, asked for and never read."""
     async with serve(client_timeout_s=0.5, keep_alive_s=60) as client:
         host, port = client.base_url.host, client.base_url.port
@@ -196,16 +198,19 @@ async def test_who_does_not_take_his_reply_loses_his_connection(serve: Connect) 
             await asyncio.get_running_loop().sock_connect(deaf, (host, port))
             connections = client.server.server_state.connections
             await until(lambda: len(connections) == 1)
+            (protocol,) = connections
             request = head("/openapi.json", method="GET")
             deadline = time.monotonic() + 20
-            num_sent = 0
+            num_sent = most_bytes = 0
             while connections and time.monotonic() < deadline:
                 if client.server.server_state.total_requests == num_sent:
                     num_sent += 1
                     with contextlib.suppress(BlockingIOError, ConnectionError):
                         deaf.send(request)
+                most_bytes = max(most_bytes, protocol.transport.get_write_buffer_size())
                 await asyncio.sleep(0.001)
             assert not connections
+            assert 64 << 10 < most_bytes < 200_000
 
 
 async def test_upgrades_are_not_made(serve: Connect) -> None:

@@ -14,11 +14,12 @@ from service.errors import Internal, Overloaded, StageTimeout, Unavailable
 from service.gateway.pictures.read import PictureReader
 from tests.gateway.conftest import Connect
 from tests.gateway.fakes import FakeBackend
+from tests.gateway.http.raw import until
 from tests.gateway.picture_files import RED, TRUNCATED_JPEG
+from tests.gateway.test_main import free_port
 
 ASK = {"prompt": "<image>What?", "images": [RED]}
 TIMINGS = {"queue_ms", "encode_ms", "prefill_ms", "decode_ms"}
-PATIENCE_S = 20
 
 
 class Lines(logging.Handler):
@@ -40,12 +41,6 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     logging.getLogger().addHandler(handler)
     yield handler.told
     logging.getLogger().removeHandler(handler)
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def ended(client: httpx.AsyncClient) -> dict[str, float]:
@@ -133,6 +128,14 @@ async def test_refusals_say_their_code(serve: Connect, lines: list[dict[str, Any
     assert told == list(zip([400, 400, 413, 404, 404, 503], codes, strict=True))
     assert {line["outcome"] for line in lines} == {"refused"}
     assert max(len(line["path"]) for line in lines) == 200
+
+
+async def test_what_is_not_at_a_port_is_a_refusal(serve: Connect, lines: list[dict[str, Any]]) -> None:
+    port = free_port()
+    async with serve(ops_port=port), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as ops:
+        assert (await ops.get("/v1/models")).status_code == 404
+    (line,) = lines
+    assert (line["status"], line["outcome"], line["code"]) == (404, "refused", "not_found")
 
 
 @pytest.mark.parametrize("stream", [False, True])

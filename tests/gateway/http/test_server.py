@@ -10,16 +10,10 @@ import pytest
 
 from tests.gateway.conftest import REPLY, Connect
 from tests.gateway.fakes import FakeBackend
+from tests.gateway.http.raw import PATIENCE_S, until
 from tests.gateway.picture_files import RED
 
 pytestmark = pytest.mark.asyncio
-PATIENCE_S = 20
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_the_first_piece_comes_before_the_last_is_made(serve: Connect, backend: FakeBackend) -> None:

@@ -16,15 +16,9 @@ from service.contract import TokenEvent, ValidRequest
 from service.errors import CrossgateError, Unavailable
 from tests.gateway.conftest import REPLY, Connect
 from tests.gateway.fakes import FakeBackend
+from tests.gateway.http.raw import until
 
 ASK = {"prompt": "Tell me.", "stream": True}
-PATIENCE_S = 20
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def wait_before(backend: FakeBackend, number: int, seconds: float, then: CrossgateError | None = None) -> None:
@@ -54,8 +48,8 @@ def wait_before(backend: FakeBackend, number: int, seconds: float, then: Crossga
 
 @pytest.mark.parametrize("silent_before", [0, 4])
 async def test_silence_is_broken_by_comments(connect: Connect, backend: FakeBackend, silent_before: int) -> None:
-    wait_before(backend, silent_before, 0.5)
-    async with connect(ping_interval_s=0.1) as client:
+    wait_before(backend, silent_before, 2.0)
+    async with connect(ping_interval_s=0.4) as client:  # what is not meant to be silent takes some 0.02 s
         reply = await client.post("/v1/generate", json=ASK)
     *events, end = reply.text.split("\n\n")[:-1]
     pings = [index for index, event in enumerate(events) if event == ": ping"]
@@ -178,25 +172,6 @@ async def test_a_reader_that_reads_slowly_keeps_its_connection(serve: Connect, b
                     read += await loop.sock_recv(connection, 2048)
                     await asyncio.sleep(0.1)
     assert backend.num_cancelled == 0
-
-
-async def test_whole_replies_do_not_pile_up_for_who_takes_none(serve: Connect) -> None:
-    request = b"GET /v1/models HTTP/1.1\r\nhost: it\r\n\r\n"
-    async with serve(client_timeout_s=1.0) as client:
-        with stalled(client, request) as connection:
-            connection.setblocking(False)
-            loop = asyncio.get_running_loop()
-            asking = asyncio.create_task(loop.sock_sendall(connection, request * 20_000))
-            await until(lambda: client.server.server_state.connections)
-            (protocol,) = client.server.server_state.connections
-            most = 0
-            async with asyncio.timeout(PATIENCE_S):
-                while client.server.server_state.connections:
-                    most = max(most, protocol.transport.get_write_buffer_size())
-                    await asyncio.sleep(0.01)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-    assert most < 200_000
 
 
 async def test_the_kernel_looks_after_silent_connections(serve: Connect) -> None:

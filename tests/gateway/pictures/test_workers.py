@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import textwrap
@@ -19,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.errors import InvalidRequest, Overloaded, TooLarge
+from service.errors import InvalidRequest, Overloaded, TooLarge, Unavailable
 from service.families import Family
 from service.families.pixels import resize_square
 from service.gateway.pictures.decode import PictureLimits, decode_picture
@@ -28,6 +29,7 @@ from service.gateway.pictures.read import PictureReader
 from service.gateway.question import PictureSource
 from tests.gateway.checkpoints import IMAGE_SIZE
 from tests.gateway.hostile_pictures import huge_interlaced_png, huge_webp
+from tests.gateway.http.raw import until
 from tests.gateway.picture_files import data_url, encoded
 
 pytestmark = pytest.mark.asyncio
@@ -59,12 +61,17 @@ async def gone(pid: int) -> bool:
     return False
 
 
+async def until_at_work(pictures: PictureReader) -> None:
+    """On a heavy picture: before that, a worker looks at its headers."""
+    await until(lambda: pictures.workers._turns._free_bytes < LIMITS.memory_bytes)
+
+
 async def test_a_worker_says_what_this_process_would(family: Family) -> None:
     pixels = resize_square(decode_picture(GOOD.content, "good", 10**6), IMAGE_SIZE)
     async with reader(family) as pictures:
         for source in (GOOD, PictureSource(data_url(GOOD.content), "good")):
             (picture,) = await pictures.read((source,))
-            assert (picture.pixels == pixels).all() and picture.key == picture_key(pixels, family.identity)
+            assert (picture.pixels == pixels).all() and picture.key == picture_key(pixels, family.config_identity)
 
 
 async def test_workers_are_small_and_hold_no_secret(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +102,7 @@ async def test_a_worker_that_dies_costs_one_picture(family: Family) -> None:
         await pictures.read((GOOD,))
         (pid,) = pictures.workers.pids
         asked = asyncio.create_task(pictures.read((SLOW,)))
-        await asyncio.sleep(0.2)
+        await until_at_work(pictures)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(InvalidRequest) as caught:
             await asked
@@ -108,7 +115,25 @@ async def test_a_worker_that_died_in_its_sleep_costs_none(family: Family) -> Non
         await pictures.read((GOOD,))
         (pid,) = pictures.workers.pids
         os.kill(pid, signal.SIGKILL)
-        await asyncio.sleep(0.1)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        await pictures.read((GOOD,))
+
+
+async def test_a_system_that_starts_no_process_costs_pictures_but_no_turn(family: Family) -> None:
+    async with reader(family) as pictures:
+        await pictures.read((GOOD,))
+        (pid,) = pictures.workers.pids
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            for _ in range(2):
+                with pytest.raises(Unavailable) as caught:
+                    await pictures.read((GOOD,))
+                assert caught.value.retry_after_s
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         await pictures.read((GOOD,))
 
 
@@ -118,7 +143,9 @@ async def test_who_leaves_frees_the_worker_and_a_short_picture_costs_none(family
         (pid,) = pictures.workers.pids
         for source, killed in ((GOOD, False), (SLOW, True)):
             asked = asyncio.create_task(pictures.read((source,)))
-            await asyncio.sleep(0.2 if killed else 0.0)
+            await asyncio.sleep(0)
+            if killed:
+                await until_at_work(pictures)
             asked.cancel()
             begin = time.perf_counter()
             await pictures.read((GOOD,))
@@ -130,7 +157,7 @@ async def test_waiting_for_a_worker_is_bounded(family: Family) -> None:
     async with reader(family, max_wait_s=0.2) as pictures:
         await pictures.read((GOOD,))
         asked = asyncio.create_task(pictures.read((SLOW,)))
-        await asyncio.sleep(0.1)
+        await until_at_work(pictures)
         with pytest.raises(Overloaded) as caught:
             await pictures.read((GOOD,))
         assert caught.value.retry_after_s
@@ -151,11 +178,7 @@ async def test_siblings_of_a_refused_picture_are_given_up(family: Family) -> Non
         with pytest.raises(InvalidRequest) as caught:
             await pictures.read((GOOD, PictureSource(b"no picture", "broken"), GOOD, GOOD))
         assert caught.value.param == "broken"
-        for _ in range(100):
-            if len(pictures.workers.pids) == 2:
-                break
-            await asyncio.sleep(0.05)
-        assert len(pictures.workers.pids) == 2
+        await until(lambda: len(pictures.workers.pids) == 2)
 
 
 async def test_memory_that_no_header_announced_is_refused(family: Family) -> None:
@@ -175,7 +198,7 @@ async def test_closing_leaves_no_process(family: Family) -> None:
     async with reader(family, num_workers=3) as pictures:
         pids = pictures.workers.pids
         asked = asyncio.create_task(pictures.read((SLOW,)))
-        await asyncio.sleep(0.1)
+        await until_at_work(pictures)
     with pytest.raises((InvalidRequest, asyncio.CancelledError)):
         await asked
     assert all([await gone(pid) for pid in pids])

@@ -71,8 +71,8 @@ async def test_a_model_that_falls_silent_and_comes_back_is_noticed() -> None:
 
 async def test_a_result_that_is_old_is_none() -> None:
     models = Models(True)
-    async with beating(models, period_s=0.01, timeout_s=0.05) as heartbeat:
+    async with beating(models, period_s=0.05, timeout_s=0.25) as heartbeat:  # good for 0.4 s
         assert await heartbeat.ready()
         models.gate.clear()
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
         assert not await heartbeat.ready()
