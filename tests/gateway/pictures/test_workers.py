@@ -64,7 +64,7 @@ async def test_a_worker_says_what_this_process_would(family: Family) -> None:
     async with reader(family) as pictures:
         for source in (GOOD, PictureSource(data_url(GOOD.content), "good")):
             (picture,) = await pictures.read((source,))
-            assert (picture.pixels == pixels).all() and picture.key == picture_key(pixels, family.identity)
+            assert (picture.pixels == pixels).all() and picture.key == picture_key(pixels, family.config_identity)
 
 
 async def test_workers_are_small_and_hold_no_secret(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
