@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import textwrap
@@ -19,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.errors import InvalidRequest, Overloaded, TooLarge
+from service.errors import InvalidRequest, Overloaded, TooLarge, Unavailable
 from service.families import Family
 from service.families.pixels import resize_square
 from service.gateway.pictures.decode import PictureLimits, decode_picture
@@ -110,6 +111,23 @@ async def test_a_worker_that_died_in_its_sleep_costs_none(family: Family) -> Non
         os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.1)
         await pictures.read((GOOD,))
+
+
+async def test_a_worker_that_cannot_be_replaced_now_is_replaced_later(family: Family) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with reader(family) as pictures:
+        for _ in range(2):
+            (pid,) = pictures.workers.pids
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.2)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # as if no file could be opened any more
+            try:
+                for _ in range(2):
+                    with pytest.raises(Unavailable):
+                        await asyncio.wait_for(pictures.read((GOOD,)), 5)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len(await asyncio.wait_for(pictures.read((GOOD, GOOD)), 20)) == 2
 
 
 async def test_who_leaves_frees_the_worker_and_a_short_picture_costs_none(family: Family) -> None:
