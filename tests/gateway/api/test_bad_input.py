@@ -74,6 +74,7 @@ GENERATE = [
     ("fraction for an integer", generate(max_tokens=1.5), 400, "max_tokens"),
     ("true for an integer", generate(max_tokens=True), 400, "max_tokens"),
     ("number for a prompt", generate(prompt=5), 400, "prompt"),
+    ("a number as long as the whole of sampling may be", generate(top_k=10**4200), 400, "top_k"),
     ("object for a prompt", generate(prompt={"a": 1}), 400, "prompt"),
     ("object for a stop string", generate(stop={"a": 1}), 400, "stop"),
     ("text among ids", generate(prompt=[1, "a"]), 400, "prompt[1]"),
