@@ -125,7 +125,7 @@ class Connection(HttpToolsProtocol):
         if len(self.headers) >= MAX_HEADERS:
             self._refusal = self._too_large()
             raise self._refusal
-        super().on_header(name, value)
+        super().on_header(name, value.rstrip(b" \t"))  # which is no part of it, and which httptools leaves
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:

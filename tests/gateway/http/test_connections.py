@@ -64,6 +64,14 @@ async def test_a_head_below_the_limits_is_answered(serve: Connect) -> None:
         assert (await client.get("/livez", headers=headers)).status_code == 200
 
 
+async def test_spaces_behind_a_header_are_no_part_of_it(serve: Connect) -> None:
+    body = b'{"prompt": "hi", "max_tokens": 1}'
+    lines = (f"content-length: {len(body)} \t", "connection: close ", "x-request-id: mine ")
+    async with serve() as client:
+        reply = await reply_to(client, head("/v1/generate", *lines) + body)
+        assert status(reply) == 200 and b"gen-mine" in reply
+
+
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT"], ids=["silent", "an empty line", "half a head"])
 async def test_who_does_not_ask_in_time_loses_his_connection(serve: Connect, sent: bytes) -> None:
     async with serve(header_timeout_s=0.5) as client, connection(client) as (reader, writer):
