@@ -66,8 +66,8 @@ class SamplingParams:
             raise InvalidRequest("max_tokens must be an integer from 1 to 2**31 - 1.", param="max_tokens")
         if not (_is_number(self.temperature) and 0.0 <= self.temperature <= 2.0):
             raise InvalidRequest("temperature must be between 0 and 2.", param="temperature")
-        if self.top_k is not None and not (_is_integer(self.top_k) and self.top_k >= 1):
-            raise InvalidRequest("top_k must be an integer, at least 1.", param="top_k")
+        if self.top_k is not None and not (_is_integer(self.top_k) and 1 <= self.top_k < 2**31):
+            raise InvalidRequest("top_k must be an integer from 1 to 2**31 - 1.", param="top_k")
         if not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise InvalidRequest("top_p must be above 0 and at most 1.", param="top_p")
         if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**63):

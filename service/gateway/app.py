@@ -139,7 +139,7 @@ def create_app(
     app.include_router(model_routes(settings, keys, questions, pipeline, metrics, int(time.time())))
     app.include_router(probe_routes(admission, heartbeat, metrics))
     app.add_middleware(OpsPort, port=settings.ops_port)  # the last one is the outermost
-    app.add_middleware(Edge, metrics=metrics, tracing=tracing)
+    app.add_middleware(Edge, metrics=metrics, tracing=tracing, draining=lambda: admission.draining)
     app.add_middleware(Farewell, draining=lambda: admission.draining)
     install_docs(app)
     install_errors(app, metrics)

@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
     max_image_pixels: int = Field(32_000_000, ge=1, le=89_000_000)  # of one picture; Pillow's own limit is above it
     picture_memory_bytes: int = Field(192 << 20, ge=16 << 20)  # of all pictures decoded at a time, and so of one
-    picture_workers: int | None = Field(None, ge=1)  # processes that decode; unset: one more than cores, at most 5
+    picture_workers: int | None = Field(
+        None, ge=1, le=1024
+    )  # processes that decode; unset: one more than cores, at most 5
     picture_timeout_s: float = Field(10.0, gt=0)  # for decoding one picture
     max_body_bytes: int = Field(64 << 20, ge=1)
     max_json_bytes: int = Field(1 << 20, ge=1)  # of a body, apart from the pictures in it
@@ -66,10 +68,10 @@ class Settings(BaseSettings):
     restart_wait_s: float = Field(60.0, ge=0)  # of a request without its first token, for a stage that restarts
     heartbeat_period_s: float = Field(2.0, gt=0)
     heartbeat_timeout_s: float = Field(5.0, gt=0)
-    client_timeout_s: float = Field(60.0, gt=0)  # for a client to take the last piece
+    client_timeout_s: float = Field(60.0, gt=0, le=36_000)  # for a client to take the last piece
     header_timeout_s: float = Field(10.0, gt=0)  # for a client to send the whole head of a request
     body_timeout_s: float = Field(60.0, gt=0)  # for a client to send the whole body
-    ping_interval_s: float = Field(10.0, gt=0)  # of silence in a stream, then a comment
+    ping_interval_s: float = Field(10.0, ge=0.05)  # of silence in a stream, then a comment
     keep_alive_s: float = Field(75.0, gt=0)  # for an idle connection; above the 60 s after which balancers close theirs
     drain_timeout_s: float = Field(30.0, ge=0)
 

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import InvalidRequest
+from service.gateway.http.server import listen
 from service.gateway.settings import STAGE_VARIABLES, load_settings
 
 
@@ -37,7 +38,17 @@ def test_the_stages_variables_are_known_and_others_are_errors(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PORT", "http"), ("PORT", "70000"), ("CROSSGATE_MAX_QUEUE", "-1"), ("MODEL_PATH", "")]
+    ("name", "value"),
+    [
+        ("PORT", "http"),
+        ("PORT", "70000"),
+        ("CROSSGATE_MAX_QUEUE", "-1"),
+        ("MODEL_PATH", ""),
+        ("CROSSGATE_CLIENT_TIMEOUT_S", "inf"),
+        ("CROSSGATE_CLIENT_TIMEOUT_S", "70000"),
+        ("CROSSGATE_PING_INTERVAL_S", "1e-9"),
+        ("CROSSGATE_PICTURE_WORKERS", "1000000"),
+    ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
@@ -53,3 +64,11 @@ def test_keys_are_no_part_of_what_is_printed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CROSSGATE_API_KEYS", "sk-secret, two")
     settings = load_settings()
     assert settings.has_keys and "sk-secret" not in repr(settings)
+
+
+@pytest.mark.parametrize("timeout_s", ["36000", "1e-9"])
+def test_the_longest_and_the_shortest_time_for_a_client_are_taken_by_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, timeout_s: str
+) -> None:
+    monkeypatch.setenv("CROSSGATE_CLIENT_TIMEOUT_S", timeout_s)
+    listen("127.0.0.1", 0, load_settings().client_timeout_s).close()

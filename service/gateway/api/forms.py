@@ -75,6 +75,7 @@ def _split(body: bytes | bytearray, boundary: bytes, limits: FormLimits) -> list
                 "on_header_end": parts.header_end,
                 "on_headers_finished": parts.headers_finished,
                 "on_part_data": parts.data,
+                "on_end": parts.end,
             },
         )
         for start in range(0, len(body), _SLICE_BYTES):
@@ -82,6 +83,8 @@ def _split(body: bytes | bytearray, boundary: bytes, limits: FormLimits) -> list
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest("The body is not a valid multipart form.") from error
+    if body and not parts.has_ended:
+        raise InvalidRequest("The form is cut off: its last boundary is missing.")
     return parts.all
 
 
@@ -90,6 +93,7 @@ class _Parts:
 
     def __init__(self, limits: FormLimits) -> None:
         self.all: list[_Part] = []
+        self.has_ended = False
         self._limits = limits
         self._num_pictures = self._num_text_bytes = 0
         self._field, self._value = b"", b""
@@ -98,6 +102,9 @@ class _Parts:
         if len(self.all) - self._num_pictures >= MAX_FIELDS:
             raise InvalidRequest(f"A form has at most {MAX_FIELDS} fields beside its pictures.")
         self.all.append(_Part())
+
+    def end(self) -> None:
+        self.has_ended = True
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]

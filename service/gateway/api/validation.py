@@ -39,7 +39,7 @@ def validate(model: type[Model], data: dict[str, Any], *, strict: bool, max_prom
 
 def invalid_request(problems: Sequence[ErrorDetails], data: Any) -> InvalidRequest:
     """The error about the innermost wrong field. `data`: what was validated."""
-    named = [(_path(problem["loc"], data), problem) for problem in problems]
+    named = [(_path(problem, data), problem) for problem in problems]
     steps, _ = max(named, key=lambda pair: len(pair[0]))
     name = _spell(steps)
     kinds = [problem["type"] for path, problem in named if path == steps]
@@ -66,8 +66,9 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
     return _EXPECTED.get(kind.partition("_")[0], "")
 
 
-def _path(loc: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
-    """`loc` without the names of union branches that pydantic mixes in: steps that exist in `data`, or the last."""
+def _path(problem: ErrorDetails, data: Any) -> tuple[int | str, ...]:
+    """Where, without the names of union branches that pydantic mixes in: steps in `data`, or to what is missing."""
+    loc = problem["loc"]
     path: list[int | str] = []
     for index, step in enumerate(loc):
         if (isinstance(data, dict) and step in data) or (
@@ -75,7 +76,7 @@ def _path(loc: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
         ):
             path.append(step)
             data = data[step]  # type: ignore[index]  # a dict's key or a list's index, as just seen
-        elif index == len(loc) - 1 and isinstance(data, dict):
+        elif index == len(loc) - 1 and problem["type"] == "missing":
             path.append(step)
     return tuple(path)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from service.errors import CrossgateError, HeadTooLarge, InvalidRequest, Request
 MAX_HEADERS = 100
 MAX_PIPELINED = 4  # requests that came before the reply to the one under way
 SLICE_BYTES = 64 << 10  # fed to the parser at a time, between two looks at what it made of them
+UPGRADE = re.compile(rb"\nupgrade(?=:)", re.IGNORECASE)
 FRAMING_PART = 8  # chunks of some 40 bytes and more frame a body in less than this part of it
 
 
@@ -52,6 +54,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_head = True
+        self._has_begun = False  # the head, or what follows it
         self._framing_bytes = 0  # of this request: its head, then what frames its body
         self._body_bytes = 0
         self._refusal: CrossgateError | None = None
@@ -74,6 +77,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         start = 0
+        if not self._has_begun:
+            data = _without_upgrade(data)
         while start < len(data) and not self.transport.is_closing():
             size = SLICE_BYTES
             if self._in_head:
@@ -110,17 +115,24 @@ class Connection(HttpToolsProtocol):
 
     # what the parser calls
 
+    def on_message_begin(self) -> None:
+        self._has_begun = True
+        super().on_message_begin()
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
             return  # a trailer would join the headers of a request that others read already
         if len(self.headers) >= MAX_HEADERS:
             self._refusal = self._too_large()
             raise self._refusal
-        super().on_header(name, value)
+        super().on_header(name, value.rstrip(b" \t"))  # which is no part of it, and which httptools leaves
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = InvalidRequest("Too many requests wait in one connection.")
+            raise self._refusal
+        if self.parser.should_upgrade():  # the parser would take no body, and what follows for another request
+            self._refusal = InvalidRequest("No other protocol is spoken here: send the request without Upgrade.")
             raise self._refusal
         self._in_head = False
         self._framing_bytes = self._body_bytes = 0
@@ -135,6 +147,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_head = True
+        self._has_begun = False
         self._framing_bytes = self._body_bytes = 0
         super().on_message_complete()
 
@@ -156,9 +169,6 @@ class Connection(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         self.drop()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """None: what follows is answered as HTTP or ended by the timer; a line for each packet helps nobody."""
 
     # ours
 
@@ -220,3 +230,15 @@ class Connection(HttpToolsProtocol):
     def _too_large(self) -> HeadTooLarge:
         limit = self._limits.max_header_bytes
         return HeadTooLarge(f"The head of a request takes at most {limit} bytes and {MAX_HEADERS} headers.")
+
+
+def _without_upgrade(head: bytes) -> bytes:
+    """Bytes that begin with a head, which asks for no other protocol any more.
+
+    Java's client and others ask for HTTP/2 with each first request, also with one that has a body. That is to be
+    answered as if it had not asked; httptools cannot be told so, and would drop the body.
+    """
+    end = head.find(b"\r\n\r\n")
+    if end < 0 or UPGRADE.search(head, 0, end) is None:
+        return head
+    return UPGRADE.sub(b"\nx-asked", head[:end]) + head[end:]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Internal
+from service.errors import CrossgateError, Internal, Unavailable
 from service.gateway.http.ops import OPS_PATHS
+from service.gateway.http.sse import ENDING
 from service.gateway.telemetry.logs import request_id
 from service.gateway.telemetry.metrics import Metrics
 from service.gateway.telemetry.record import Record
@@ -27,8 +30,11 @@ CLIENT_LEFT = 499  # never sent; nginx's number, for logs and metrics
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing) -> None:
+    """`draining`: whether the server is about to end."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing, draining: Callable[[], bool]) -> None:
         self._app = app
+        self._draining = draining
         self._metrics = metrics
         self._tracing = tracing
 
@@ -62,16 +68,25 @@ class Edge:
             await send(message)
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
+        async def fail(error: CrossgateError) -> None:
+            if record.error is None:
+                record.error = error
+                self._metrics.failure.labels(error.code).inc()
+            if status == CLIENT_LEFT:
+                headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+                await JSONResponse(error.body(), error.status, headers)(scope, receive, send_with_id)
+
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:
+            if not self._draining():
+                raise
+            await fail(Unavailable(ENDING, retry_after_s=1))
         except Exception:
             log.exception("a request failed")
-            record.error = Internal("The server failed.")
-            self._metrics.failure.labels(record.error.code).inc()
-            if status == CLIENT_LEFT:
-                await JSONResponse(record.error.body(), record.error.status)(scope, receive, send_with_id)
+            await fail(Internal("The server failed."))
         finally:
             record.left = not complete
             self._tell(scope, status, time.perf_counter() - start, record)

@@ -13,12 +13,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import CrossgateError, Internal
+from service.errors import CrossgateError, Internal, Unavailable
 
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+ENDING = "The server is shutting down."
+END = {"type": "http.response.body", "body": b"", "more_body": False}
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -41,7 +43,8 @@ class EventStream(Response):
 
     The headers go out with the first of these. An error before them is raised, and so has its HTTP status; one after
     them becomes an `error` event, `on_error` is told, and the stream ends without `[DONE]`. When the client leaves,
-    the source is cancelled where it stands and ClientDisconnect is raised. `on_end` is called however it ends.
+    the source is cancelled where it stands and ClientDisconnect is raised; when the server ends, that is an error, too.
+    `on_end` is called however it ends.
     """
 
     def __init__(
@@ -66,6 +69,10 @@ class EventStream(Response):
         self._last_s = asyncio.get_running_loop().time()
         try:
             await or_disconnected(receive, self._pump(send), self._ping(send))
+        except asyncio.CancelledError:
+            if self._begun:
+                await self._fail(send, Unavailable(ENDING, retry_after_s=1))
+            raise
         finally:
             self._on_end()
 
@@ -81,8 +88,9 @@ class EventStream(Response):
             except Exception as error:
                 if not self._begun:
                     raise
-                await self._write(send, error_frame(self._failure(error)))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._fail(send, error)
+                return
+        await send(END)
 
     async def _ping(self, send: Send) -> None:
         """Balancers and clients cut off what is silent for long."""
@@ -101,12 +109,13 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    def _failure(self, error: Exception) -> CrossgateError:
+    async def _fail(self, send: Send, error: Exception) -> None:
         if not isinstance(error, CrossgateError):
             log.error("a stream failed", exc_info=error)
             error = Internal("The server failed.")
         self._on_error(error)
-        return error
+        await self._write(send, error_frame(error))
+        await send(END)
 
 
 async def or_disconnected(

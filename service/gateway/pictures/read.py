@@ -47,7 +47,7 @@ class PictureReader:
     async def read(self, sources: tuple[PictureSource, ...]) -> list[Picture]:
         """In the order of `sources`. When one is refused the others are given up.
 
-        Raises InvalidRequest or TooLarge naming the picture's field, or Overloaded.
+        Raises InvalidRequest or TooLarge naming the picture's field, Overloaded, or Unavailable.
         """
         if len(sources) > self._limits.max_images:
             source = sources[self._limits.max_images]

@@ -37,7 +37,8 @@ from service.gateway.pictures.key import picture_key
 
 LIGHT_BYTES = 16 << 20  # memory of a picture that needs no room in the budget
 LIGHT_WORK = 64_000_000  # pixels, those of each scan: some 50 ms
-SLACK_BYTES = 64 << 20  # beside a picture's memory: its file as it came, and the allocator
+SLACK_BYTES = 64 << 20  # beside a picture's memory, for the allocator
+FILE_COPIES = 4  # of its file: as it came, without base64, in parts, and reduced to the first frame
 MAX_PICTURES = 2_000  # then a new process, should a decoder leak
 NICENESS = 5  # decoding gives way to the gateway's own loop
 PR_SET_PDEATHSIG = 1
@@ -61,11 +62,13 @@ def main() -> None:
     setup: Setup = pickle.loads(_read(stream)[1])
     memory_bytes = _memory_bytes()
     for number in itertools.count(1):
+        _limit_memory(resource.RLIM_INFINITY)  # the gateway bounds what it sends
         try:
             job, content = _read(stream)
         except EOFError:
             return
-        _limit_memory(memory_bytes + SLACK_BYTES + (job["heavy_bytes"] or LIGHT_BYTES) * 5 // 4)
+        file_bytes = FILE_COPIES * len(content)
+        _limit_memory(memory_bytes + SLACK_BYTES + file_bytes + (job["heavy_bytes"] or LIGHT_BYTES) * 5 // 4)
         retires = number >= MAX_PICTURES
         try:
             answer, pixels = _answer(setup, job, content)

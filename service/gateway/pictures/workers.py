@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Workers:
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._turns = Turns(num_workers, setup.limits.memory_bytes)
-        self._idle: list[_Worker | None] = []  # None: one that could not be started
+        self._idle: list[_Worker | None] = []  # None: a place whose worker could not be started
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending: set[asyncio.Task[int]] = set()
 
@@ -50,7 +51,7 @@ class Workers:
 
     def start(self) -> None:
         """In the thread of the event loop that will ask: workers end with it."""
-        self._idle = [_Worker(self._setup) for _ in range(self._num_workers)]
+        self._idle = [self._start() for _ in range(self._num_workers)]
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -99,7 +100,7 @@ class Workers:
         can_go_on = False
         try:
             if worker is None:
-                raise Unavailable("Pictures cannot be decoded now.", retry_after_s=RETRY_AFTER_S)
+                raise Unavailable("No picture can be decoded now.", retry_after_s=RETRY_AFTER_S)
             async with asyncio.timeout(self._timeout_s):
                 answer, body = await worker.ask(head, content)
             can_go_on = not answer.get("retires")
@@ -116,17 +117,21 @@ class Workers:
             self._turns.give_back(heavy_bytes)
 
     def _replace(self, worker: _Worker | None) -> _Worker | None:
-        """None: the system starts no process now. Whoever comes next tries again."""
-        if worker is not None:
-            self._end(worker)
+        self._end(worker)
+        return self._start()
+
+    def _start(self) -> _Worker | None:
+        """None if the system has no process, memory or open file left for it: the next picture tries again."""
         try:
             return _Worker(self._setup)
-        except OSError:
-            log.exception("a picture worker could not be started")
+        except OSError as error:
+            log.error("a picture worker could not be started: %s", error.strerror)
             return None
 
-    def _end(self, worker: _Worker) -> None:
+    def _end(self, worker: _Worker | None) -> None:
         """Killed now, reaped off the loop: the kernel may have much memory to take back."""
+        if worker is None:
+            return
         worker.kill()
         task = asyncio.create_task(asyncio.to_thread(worker.wait))
         self._ending.add(task)
@@ -140,7 +145,8 @@ class _Worker:
         self._socket, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CROSSGATE_")}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        with theirs:
+        with theirs, ExitStack() as failing:
+            failing.callback(self._socket.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "service.gateway.pictures.worker", str(os.getpid())],
                 stdin=theirs.fileno(),
@@ -148,6 +154,7 @@ class _Worker:
                 env={**environment, **ENVIRONMENT, "PYTHONPATH": path},
                 start_new_session=True,  # a terminal's Ctrl-C is the gateway's alone
             )
+            failing.pop_all()
         self.pid = self._process.pid
         self._socket.sendall(head_bytes({"length": len(setup)}) + setup)
         self._socket.setblocking(False)

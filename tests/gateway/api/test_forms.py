@@ -23,6 +23,17 @@ def form(*fields: tuple[str, bytes], boundary: str = "x", headers: str = "") -> 
     return b"".join(parts) + f"--{boundary}--\r\n".encode()
 
 
+@pytest.mark.parametrize("length", [4, 9, 40, 120])
+async def test_a_form_without_its_end_is_refused(connect: Connect, length: int) -> None:
+    whole = form(("max_tokens", b"1"), ("prompt", b"What is this? And what is it not?"))
+    async with connect() as client:
+        for content, status in ((whole, 200), (whole[:-length], 400)):
+            reply = await client.post(
+                "/v1/generate", content=content, headers={"content-type": "multipart/form-data; boundary=x"}
+            )
+            assert reply.status_code == status
+
+
 @pytest.mark.parametrize(
     "charset",
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -92,3 +93,16 @@ def test_the_time_for_a_body_is_that_of_reading_it(name: str) -> None:
     start = time.process_time()
     with contextlib.suppress(InvalidRequest):
         load_json(HOSTILE[name], LIMITS)
+    assert time.process_time() - start < 1.5
+
+
+def test_of_a_picture_past_its_limit_no_more_is_copied_than_shows_it() -> None:
+    limits = JsonLimits(max_bytes=1000, max_pictures=2, max_picture_bytes=3 * MIB)
+    body = bytearray(b'{"images":["data:image/png;base64,' + b"A" * (60 * MIB) + b'"]}')
+    tracemalloc.start()
+    try:
+        (url,) = load_json(body, limits)["images"]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 4 * MIB < len(url) < 5 * MIB and peak_bytes < 20 * MIB

@@ -64,6 +64,14 @@ async def test_a_head_below_the_limits_is_answered(serve: Connect) -> None:
         assert (await client.get("/livez", headers=headers)).status_code == 200
 
 
+async def test_spaces_behind_a_header_are_no_part_of_it(serve: Connect) -> None:
+    body = b'{"prompt": "hi", "max_tokens": 1}'
+    lines = (f"content-length: {len(body)} \t", "connection: close ", "x-request-id: mine ")
+    async with serve() as client:
+        reply = await reply_to(client, head("/v1/generate", *lines) + body)
+        assert status(reply) == 200 and b"gen-mine" in reply
+
+
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HT"], ids=["silent", "an empty line", "half a head"])
 async def test_who_does_not_ask_in_time_loses_his_connection(serve: Connect, sent: bytes) -> None:
     async with serve(header_timeout_s=0.5) as client:
@@ -218,6 +226,28 @@ async def test_upgrades_are_not_made(serve: Connect) -> None:
     async with serve(header_timeout_s=0.5, keep_alive_s=0.5) as client:
         reply = await reply_to(client, head("/v1/models", *lines, method="GET"))
         assert status(reply) == 200
+
+
+UPGRADE = ("connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "http2-settings: AAMAAABkAAQCAAAAAAIAAAAA")
+
+
+async def test_a_request_that_would_rather_speak_http2_keeps_its_body_and_its_connection(serve: Connect) -> None:
+    body = b'{"prompt": "hi", "max_tokens": 1}'
+    asking = head("/v1/generate", *UPGRADE, length=len(body))
+    last = head("/v1/models", "connection: close", method="GET")
+    async with serve() as client:
+        for pieces in ((asking + body + last,), (asking, body + last)):
+            reply = await reply_to(client, *pieces, pause_s=0.05)
+            assert reply.count(b"HTTP/1.1 200 OK") == 2 and b"gen-" in reply and b'"list"' in reply
+
+
+async def test_a_body_is_never_taken_for_another_request(serve: Connect) -> None:
+    hidden = head("/v1/models", "connection: close", method="GET")
+    asking = head("/v1/generate", *UPGRADE, length=len(hidden))
+    async with serve() as client:
+        for pieces in ((asking[:40], asking[40:] + hidden), (asking[:40], asking[40:], hidden)):
+            reply = await reply_to(client, *pieces, pause_s=0.05)
+            assert reply.count(b"HTTP/1.1") == 1 and status(reply) == 400 and "Upgrade" in error_of(reply)["message"]
 
 
 async def test_while_draining_every_reply_ends_its_connection(serve: Connect, backend: FakeBackend) -> None:

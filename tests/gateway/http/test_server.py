@@ -96,14 +96,23 @@ async def test_a_signal_drains_running_streams_and_refuses_new_ones(serve: Conne
     assert backend.num_cancelled == 0
 
 
-async def test_the_end_of_the_drain_timeout_cuts_off_who_still_runs(serve: Connect, backend: FakeBackend) -> None:
+async def test_who_is_cut_off_at_the_end_of_the_drain_timeout_is_told_so(serve: Connect, backend: FakeBackend) -> None:
     backend.gate = asyncio.Event()
-    async with serve(drain_timeout_s=0.0) as client:
-        with pytest.raises(httpx.TransportError):
-            async with client.stream("POST", "/v1/generate", json={"prompt": "Hi", "stream": True}) as reply:
-                async for _ in reply.aiter_lines():
-                    client.server.handle_exit(signal.SIGTERM, None)
-        await until(lambda: backend.num_cancelled == 1)
+    async with serve(drain_timeout_s=0.2, max_concurrent_requests=2) as client:
+
+        async def ask(stream: bool) -> httpx.Response:
+            return await client.post("/v1/generate", json={"prompt": "Hi", "stream": stream})
+
+        asked = [asyncio.create_task(ask(stream)) for stream in (True, False, True, False)]  # the last two wait
+        await until(lambda: client.app.state.admission.num_waiting == 2 and backend.num_running == 2)
+        client.server.handle_exit(signal.SIGTERM, None)
+        streamed, *others = await asyncio.gather(*asked)
+        *_, event, data = filter(None, streamed.text.splitlines())
+        assert event == "event: error" and "shutting down" in data
+        for reply in others:
+            assert reply.status_code == 503 and "retry-after" in reply.headers
+            assert reply.json()["error"]["code"] == "unavailable"
+        await until(lambda: backend.num_cancelled == 2)
 
 
 async def test_many_streams_at_once_each_get_their_own_answer(serve: Connect, backend: FakeBackend) -> None:

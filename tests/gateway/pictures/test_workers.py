@@ -30,7 +30,7 @@ from service.gateway.question import PictureSource
 from tests.gateway.checkpoints import IMAGE_SIZE
 from tests.gateway.hostile_pictures import huge_interlaced_png, huge_webp
 from tests.gateway.http.raw import until
-from tests.gateway.picture_files import data_url, encoded
+from tests.gateway.picture_files import data_url, encoded, file_of
 
 pytestmark = pytest.mark.asyncio
 
@@ -137,6 +137,23 @@ async def test_a_system_that_starts_no_process_costs_pictures_but_no_turn(family
         await pictures.read((GOOD,))
 
 
+async def test_a_worker_that_cannot_be_replaced_now_is_replaced_later(family: Family) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with reader(family) as pictures:
+        for _ in range(2):
+            (pid,) = pictures.workers.pids
+            os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.2)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # as if no file could be opened any more
+            try:
+                for _ in range(2):
+                    with pytest.raises(Unavailable):
+                        await asyncio.wait_for(pictures.read((GOOD,)), 5)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len(await asyncio.wait_for(pictures.read((GOOD, GOOD)), 20)) == 2
+
+
 async def test_who_leaves_frees_the_worker_and_a_short_picture_costs_none(family: Family) -> None:
     async with reader(family) as pictures:
         await pictures.read((GOOD,))
@@ -185,6 +202,17 @@ async def test_memory_that_no_header_announced_is_refused(family: Family) -> Non
     async with reader(replace(family, preprocess=exhausting)) as pictures:
         with pytest.raises(InvalidRequest):
             await pictures.read((GOOD,))
+
+
+async def test_a_file_as_long_as_the_limit_allows_is_decoded_whatever_the_limit(family: Family) -> None:
+    long = data_url(file_of(Image.new("RGB", (3200, 3000)), compress_level=0))  # 29 MB, and 38 MB of base64
+    limits = replace(LIMITS, max_image_bytes=30 << 20)
+    pictures = PictureReader(family, limits, num_workers=1, timeout_s=30, max_wait_s=30)
+    pictures.workers.start()
+    try:
+        assert len(await pictures.read((PictureSource(long, "long"), PictureSource(long, "again")))) == 2
+    finally:
+        await pictures.workers.close()
 
 
 async def test_a_picture_above_the_memory_of_all_is_refused_by_its_limit(family: Family) -> None:
