@@ -7,6 +7,7 @@ from enum import StrEnum
 
 RATE = "[$__rate_interval]"
 FAILED = '{outcome="failed"}'
+NOT_REFUSED = '{outcome!="refused"}'
 ENCODER = '{model="vision_encoder"}'
 
 
@@ -71,7 +72,7 @@ ROWS = (
             stat(
                 "Failed, of those admitted",
                 f"{rate('crossgate_requests_ended_total', labels=FAILED)}"
-                f" / ({rate('crossgate_requests_ended_total')} > 0) or vector(0)",
+                f" / ({rate('crossgate_requests_ended_total', labels=NOT_REFUSED)} > 0) or vector(0)",
                 "percentunit",
                 (0.001, "orange"),
                 (0.01, "red"),

@@ -79,8 +79,8 @@ class Stages:
             except Unavailable as error:
                 if started:
                     raise
-                if isinstance(error, OtherCheckpoint):
-                    self._encoder.forget()
+                if isinstance(error, OtherCheckpoint) and trace.sent:
+                    self._encoder.forget()  # those that went along were made by another encoder than is there now
                 await patience.wait_after(error)
 
     async def _encode(
