@@ -21,8 +21,6 @@ NEVER: list[Any] = [float("nan"), float("inf"), -float("inf"), "5", "", [], {}, 
 def test_what_is_no_value_of_a_field_is_refused_by_its_name(field: str, value: Any) -> None:
     if field == "stop_token_ids" and value == []:
         pytest.skip("a list of none")
-    if field == "top_k" and value == 10**400:
-        pytest.skip("more than there are is all of them")
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams.from_json(json.dumps({field: value}))
     assert caught.value.param == field
@@ -98,7 +96,7 @@ def test_what_is_no_sampling_object_is_refused(text: str | bytes) -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        SamplingParams(temperature=5e-324, top_p=5e-324, top_k=2**63, seed=2**63 - 1, max_tokens=2**31 - 1),
+        SamplingParams(temperature=5e-324, top_p=5e-324, top_k=2**31 - 1, seed=2**63 - 1, max_tokens=2**31 - 1),
         SamplingParams(temperature=2, top_p=1, stop_token_ids=tuple(range(2**31 - MAX_STOP_TOKEN_IDS, 2**31))),
     ],
 )
