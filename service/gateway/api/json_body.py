@@ -29,6 +29,11 @@ class JsonLimits:
     max_pictures: int  # that are set aside; more are refused later, by name
     max_picture_bytes: int  # of a larger one as much is kept as it takes to be refused later, by name
 
+    @property
+    def max_chars(self) -> int:
+        """Of base64, more than the largest picture has."""
+        return self.max_picture_bytes // 3 * 4 + 16
+
 
 def load_json(body: bytes | bytearray, limits: JsonLimits) -> dict[str, Any]:
     """Raises InvalidRequest or TooLarge."""
@@ -69,8 +74,7 @@ class _Pictures:
                 continue
             begin = head + len(_BASE64)
             end = body.find(b'"', begin)
-            kept = min(end, begin + self._limits.max_picture_bytes // 3 * 4 + 16)
-            base64 = None if end < 0 or _KEY.match(body, end) else _text(body, begin, kept)
+            base64 = None if end < 0 or _KEY.match(body, end) else _text(body, begin, end, self._limits.max_chars)
             if base64 is None:
                 at = begin
                 continue
@@ -105,10 +109,12 @@ class _Pictures:
             raise TooLarge(f"A JSON body takes at most {self._limits.max_bytes} bytes apart from its pictures.")
 
 
-def _text(body: bytes | bytearray, begin: int, end: int) -> str | None:
-    """The string as it is meant, or None if it is more than base64 in which some clients escape slashes."""
-    escaped = body.find(b"\\", begin, end) >= 0
-    base64 = _unescaped(body, begin, end) if escaped else body[begin:end]
+def _text(body: bytes | bytearray, begin: int, end: int, max_chars: int) -> str | None:
+    """The string as it is meant, as far as it is kept, or None if it is more than base64 with slashes escaped."""
+    if body.find(b"\\", begin, end) < 0:
+        base64: bytes | bytearray = body[begin : min(end, begin + max_chars)]
+    else:  # some clients escape slashes: two bytes for one
+        base64 = _unescaped(body, begin, min(end, begin + 2 * max_chars + 2))[:max_chars]
     try:
         return None if b"\\" in base64 else base64.decode("ascii")
     except UnicodeDecodeError:
