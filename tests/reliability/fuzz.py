@@ -191,7 +191,7 @@ async def fake_triton(folder: Path) -> AsyncIterator[int]:
     family = load_family(folder)
     backend = Forgetful(script=(40, 50, 60, 70, *family.eos_token_ids))
     server = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(FakeTriton(backend), server)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(FakeTriton(backend, family.config_identity), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

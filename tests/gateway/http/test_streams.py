@@ -110,7 +110,7 @@ async def test_an_error_after_the_first_comment_is_an_event(connect: Connect, ba
 async def test_openai_s_client_does_not_mind_comments(serve: Connect, backend: FakeBackend) -> None:
     for number in (0, 4):
         wait_before(backend, number, 0.35)
-    async with serve(ping_interval_s=0.1) as client:
+    async with serve(ping_interval_s=0.1, restart_wait_s=0) as client:
         sdk = openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0, timeout=20)
         messages: list[Any] = [{"role": "user", "content": "Hi"}]
         async with sdk:
