@@ -23,7 +23,7 @@ class PrefillSpan:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """The chunks of one token: each row attends to the first `lengths` tokens of its blocks."""
+    """Chunks of one token and of like lengths: each row attends to the first `lengths` tokens of its blocks."""
 
     rows: Tensor  # int64 [B]
     block_table: Tensor  # int64 [B, max blocks], padded with the row's own last block
@@ -45,7 +45,7 @@ class Batch:
     slots: Tensor  # int64 [N], where each token's self-K/V goes: block * BLOCK_SIZE + offset
     unwritten: Tensor  # int64 [n], slots behind the last token in the blocks that this step begins
     prefills: list[PrefillSpan]
-    decodes: DecodeRows | None
+    decodes: list[DecodeRows]
     sight_groups: list[SightGroup]
     sees: Tensor  # bool [N, 1]
     logits_rows: Tensor  # int64 [B], rows whose logits are wanted: the last of every chunk
@@ -86,11 +86,22 @@ def make_batch(chunks: list[Chunk], device: torch.device) -> Batch:
         slots=torch.tensor(slots, device=device),
         unwritten=torch.tensor(unwritten, dtype=torch.int64, device=device),
         prefills=prefills,
-        decodes=_decode_rows(decodes, device) if decodes else None,
+        decodes=[_decode_rows(alike, device) for alike in _of_like_length(decodes)],
         sight_groups=_sight_groups(rows_of_pages, device),
         sees=torch.tensor(sees, device=device)[:, None],
         logits_rows=torch.tensor(logits_rows, device=device),
     )
+
+
+def _of_like_length(decodes: list[tuple[int, list[int], int]]) -> list[list[tuple[int, list[int], int]]]:
+    """Groups in which no row is padded to more than twice its blocks: a long sequence does not stretch short ones."""
+    groups: list[list[tuple[int, list[int], int]]] = []
+    for decode in sorted(decodes, key=lambda decode: len(decode[1]), reverse=True):
+        if groups and 2 * len(decode[1]) >= len(groups[-1][0][1]):
+            groups[-1].append(decode)
+        else:
+            groups.append([decode])
+    return groups
 
 
 def _decode_rows(decodes: list[tuple[int, list[int], int]], device: torch.device) -> DecodeRows:

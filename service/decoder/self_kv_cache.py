@@ -44,8 +44,8 @@ class SelfKVCache:
         for span in batch.prefills:
             rows = slice(span.row, span.row + span.count)
             out[rows] = _prefill(q[rows], k_layer, v_layer, span)
-        if batch.decodes is not None:
-            out[batch.decodes.rows] = _decode(q[batch.decodes.rows], k_layer, v_layer, batch.decodes)
+        for decodes in batch.decodes:
+            out[decodes.rows] = _decode(q[decodes.rows], k_layer, v_layer, decodes)
         return out.flatten(1)
 
 
