@@ -46,7 +46,7 @@ async def server(said: bytes | None) -> AsyncIterator[str]:
 
 
 async def ask(said: bytes | None, *, expected: Answer | None = None, leave_after: int | None = None) -> Reply:
-    async with server(said) as url, Client(url, deadline_s=0.5) as client:
+    async with server(said) as url, Client(url, deadline_s=0.5 if said is None else 60.0) as client:
         return await client.ask("/v1/generate", b"{}", expected=expected, leave_after=leave_after)
 
 
