@@ -20,7 +20,8 @@ from demo.questions import AFTER_QUESTION, SYSTEM
 from demo.recipe import CROSS_ATTENTION, CROSS_LAYERS, ENCODER, IMAGE_TOKEN, IMAGE_WORD, RESAMPLER, checkpoint_config
 from demo.smollm2 import open_smollm2, read_text_config, read_tokenizer, read_weights
 from service.decoder.model import Decoder
-from service.families.family import CrossAttentionConfig, DecoderConfig, ResamplerConfig, Unseen, fused_target
+from service.families.family import fused_target
+from service.families.flamingo import decoder_config, resampler_config
 from service.vision.resampler import PerceiverResampler
 
 END_ID = 2  # <|im_end|>
@@ -92,8 +93,10 @@ class DemoModel(nn.Module):
         self.tokenizer: Tokenizer = read_tokenizer(file)
         sizes = sizes or {"vision_config": {"resampler": RESAMPLER}, "cross_attention_config": CROSS_ATTENTION}
         text = read_text_config(file)
-        self.resampler = PerceiverResampler(ResamplerConfig(**sizes["vision_config"]["resampler"]))
-        self.decoder = Decoder(decoder_config(text, sizes))
+        resampler, cross = resampler_config(sizes["vision_config"]["resampler"]), sizes["cross_attention_config"]
+        additional_vocab_size = checkpoint_config(text)["additional_vocab_size"]
+        self.resampler = PerceiverResampler(resampler)
+        self.decoder = Decoder(decoder_config(text, additional_vocab_size, cross, resampler))
         load_language_model(self.decoder, read_weights(file), self.tokenizer.token_to_id(IMAGE_WORD))
         self.first_gated = min(CROSS_LAYERS)
         self.head = self.decoder.embed_tokens.weight.detach()[: text["vocab_size"]]
@@ -158,10 +161,10 @@ class DemoModel(nn.Module):
             ids = torch.full((size, longest), END_ID)
             for row, sentence in enumerate(chunk):
                 ids[row, : len(sentence)] = torch.tensor(sentence)
-            x, cos_sin = self.decoder.embed_tokens(ids.flatten()), self.rope(size, longest)
+            x, angles = self.decoder.embed_tokens(ids.flatten()), self.rope(size, longest)
             attention = DenseAttention(size, longest, self.prefix.kv, None)
             for layer in self.decoder.layers[: self.first_gated]:
-                x = layer(x, cos_sin, attention)
+                x = layer(x, angles, attention)
             for sentence, states in zip(chunk, x.unflatten(0, (size, longest)), strict=False):
                 self.sentences[sentence] = states[: len(sentence)].to(self.head.dtype, copy=True)
         below = torch.zeros(len(sentences), length, self.decoder.config.width)
@@ -171,37 +174,12 @@ class DemoModel(nn.Module):
 
     def rope(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(self.prefix.length, self.prefix.length + length).repeat(batch)
-        return self.decoder.rope(positions, torch.float32)
+        return self.decoder.rotary.angles(positions, torch.float32)
 
 
 def padded_length(length: int) -> int:
     """Up to a multiple of 8: fewer shapes for which oneDNN has to compile its kernels."""
     return -(-length // 8) * 8
-
-
-def decoder_config(text: dict[str, Any], sizes: dict[str, Any]) -> DecoderConfig:
-    resampler, cross = sizes["vision_config"]["resampler"], dict(sizes["cross_attention_config"])
-    return DecoderConfig(
-        vocab_size=text["vocab_size"] + checkpoint_config(text)["additional_vocab_size"],
-        num_logits=text["vocab_size"],
-        width=text["hidden_size"],
-        num_layers=text["num_hidden_layers"],
-        num_heads=text["num_attention_heads"],
-        num_kv_heads=text["num_key_value_heads"],
-        head_width=text["hidden_size"] // text["num_attention_heads"],
-        ffn_width=text["intermediate_size"],
-        eps=text["rms_norm_eps"],
-        rope_theta=text["rope_theta"],
-        max_positions=text["max_position_embeddings"],
-        tied_head=True,
-        cross_attention=CrossAttentionConfig(
-            layers=tuple(cross.pop("layers")),
-            vision_width=resampler["width"],
-            num_latents=resampler["num_latents"],
-            unseen=Unseen.SKIP_BLOCK,
-            **cross,
-        ),
-    )
 
 
 def load_language_model(decoder: Decoder, weights: dict[str, Tensor], image_word_id: int) -> None:

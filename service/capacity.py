@@ -31,7 +31,7 @@ from pathlib import Path
 
 from service.errors import CrossgateError
 from service.families import load_family
-from service.families.family import CrossAttentionConfig, DecoderConfig
+from service.families.family import DecoderConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKENS_SHARE, PICTURES_SHARE = 0.6, 0.2  # of what is free; the rest is for a step's tensors
@@ -63,11 +63,9 @@ class Capacity:
 
 def plan(config: DecoderConfig, dtype: str, memory_bytes: int, reserve: float) -> Capacity:
     """`reserve`: the share of memory that is neither the decoder's weights nor K/V. Nothing fits: the counts are 0."""
-    size = DTYPE_BYTES[dtype]
-    parameters = num_parameters(config)
+    size, parameters = DTYPE_BYTES[dtype], config.num_parameters
     unread = 0 if config.tied_head else config.vocab_size * config.width
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_width * size
-    picture_bytes = picture_kv_numbers(config.cross_attention) * size
+    token_bytes, picture_bytes = config.token_kv_bytes(size), config.cross_attention.picture_kv_bytes(size)
     free = max(0, int(memory_bytes * (1 - reserve)) - parameters * size)
     return Capacity(
         num_parameters=parameters,
@@ -80,23 +78,6 @@ def plan(config: DecoderConfig, dtype: str, memory_bytes: int, reserve: float) -
     )
 
 
-def picture_kv_numbers(cross: CrossAttentionConfig) -> int:
-    return 2 * len(cross.layers) * cross.num_latents * cross.num_kv_heads * cross.head_width
-
-
-def num_parameters(config: DecoderConfig) -> int:
-    """Of the decoder with its gated blocks, as `decoder.model` builds them."""
-    width, cross = config.width, config.cross_attention
-    heads, kv_heads = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
-    layer = width * (heads + 2 * kv_heads) + heads * width + 3 * width * config.ffn_width + 2 * width
-    cross_heads, cross_kv_heads = cross.num_heads * cross.head_width, cross.num_kv_heads * cross.head_width
-    gated = width * cross_heads + cross.vision_width * 2 * cross_kv_heads + cross_heads * width
-    gated += 3 * width * cross.ffn_width + 2 * width + 2 * (width if cross.vector_gate else 1)
-    gated += 2 * cross.head_width if cross.qk_norm else 0
-    head = 0 if config.tied_head else config.num_logits * width
-    return config.vocab_size * width + config.num_layers * layer + len(cross.layers) * gated + width + head
-
-
 def parse_size(text: str) -> int:
     """ "80GB" -> 80·10⁹, "80GiB" -> 80·2³⁰, "3.35TB/s" -> 3.35·10¹². Raises ValueError."""
     found = re.fullmatch(r"([0-9.]+)\s*([kmgt]i?)?b?(?:/s)?", text.strip().lower())
@@ -107,9 +88,10 @@ def parse_size(text: str) -> int:
 
 def describe(name: str, config: DecoderConfig, capacity: Capacity, bandwidth: int, context: int, seen: int) -> str:
     cross = config.cross_attention
-    per_token = f"2 · {config.num_layers} layers · {config.num_kv_heads} heads · {config.head_width}"
+    heads, picture_heads = config.attention, cross.attention
+    per_token = f"2 · {config.num_layers} layers · {heads.num_kv_heads} heads · {heads.head_width}"
     per_picture = f"2 · {len(cross.layers)} gated blocks · {cross.num_latents} latents · "
-    per_picture += f"{cross.num_kv_heads} heads · {cross.head_width}"
+    per_picture += f"{picture_heads.num_kv_heads} heads · {picture_heads.head_width}"
     ratio = capacity.picture_bytes / capacity.token_bytes
     lines = [
         f"{name}: {capacity.num_parameters / 1e6:,.1f} M parameters in the decoder, {_bytes(capacity.weight_bytes)}",

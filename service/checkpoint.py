@@ -1,9 +1,16 @@
-"""Safetensors files -> the parameters of a module, through a family's weight names."""
+"""Safetensors files -> the parameters of a module, through a family's weight names.
+
+Beside the parameters themselves no more than one published tensor is in memory at a time, and none on the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +18,15 @@ from torch import Tensor, nn
 
 from service.errors import InvalidRequest
 from service.families.family import Target
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tensor of a checkpoint: the file that it lies in, its name there, its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
 
 
 def load_weights(
@@ -21,45 +37,80 @@ def load_weights(
     Published tensors that go to one parameter are concatenated along axis 0 in the order of their parts; a tensor
     with our parameter's element count takes its shape.
 
-    Raises InvalidRequest naming the first weight that is missing, unknown, broken or of another size.
+    Raises InvalidRequest naming the first weight that is missing, unknown, broken or of another size, before any is
+    read.
     """
-    parts: dict[str, dict[int, Tensor]] = {}
-    for file in _files(folder):
-        try:
-            with safe_open(file, framework="pt", device=device) as weights:
-                for name in weights.keys():  # noqa: SIM118 - not a dict
-                    target = target_of(name)
-                    if target is not None:
-                        parts.setdefault(target.name, {})[target.part] = weights.get_tensor(name).to(dtype)
-        except SafetensorError as error:
-            raise InvalidRequest(f"{file} is not a readable safetensors file.", param="MODEL_PATH") from error
-    state = {name: _joined(pieces) for name, pieces in parts.items()}
+    parts = _parts(folder, target_of)
     wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, parameter in wanted.items():
-        if name not in state:
+    _check(parts, wanted, folder)
+    state = {name: torch.empty(weight.shape, dtype=dtype, device=device) for name, weight in wanted.items()}
+    for name, pieces in parts.items():
+        places = state[name].view(-1).split([math.prod(piece.shape) for piece in pieces])
+        for piece, place in zip(pieces, places, strict=True):
+            place.copy_(_read(piece).view(-1))
+    module.load_state_dict(state, assign=True)
+
+
+def _parts(folder: Path, target_of: Callable[[str], Target | None]) -> dict[str, list[Published]]:
+    """What goes to each of our parameters, in order. Reads the files' headers only."""
+    parts: dict[str, dict[int, Published]] = {}
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise InvalidRequest(f"{folder} has no model*.safetensors file.", param="MODEL_PATH")
+    for file in files:
+        for piece in _header(file):
+            target = target_of(piece.name)
+            if target is not None:
+                parts.setdefault(target.name, {})[target.part] = piece
+    return {name: [pieces[part] for part in sorted(pieces)] for name, pieces in parts.items()}
+
+
+def _header(file: Path) -> Iterator[Published]:
+    with _opened(file) as weights:
+        for name in weights.keys():  # noqa: SIM118 - not a dict
+            yield Published(file, name, tuple(weights.get_slice(name).get_shape()))
+
+
+def _read(piece: Published) -> Tensor:
+    """The file is opened, which maps it, for one tensor: what was read of others does not stay in memory."""
+    with _opened(piece.file) as weights:
+        tensor: Tensor = weights.get_tensor(piece.name)
+    return tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except SafetensorError as error:
+        raise InvalidRequest(f"{file} is not a readable safetensors file.", param="MODEL_PATH") from error
+
+
+def _check(parts: Mapping[str, list[Published]], wanted: Mapping[str, Tensor], folder: Path) -> None:
+    for name, weight in wanted.items():
+        if name not in parts:
             raise InvalidRequest(f"The checkpoint {folder} lacks the weight for {name}.", param="MODEL_PATH")
-        if state[name].numel() != parameter.numel():
+        shape = _joined_shape(name, [piece.shape for piece in parts[name]])
+        if math.prod(shape) != weight.numel():
             raise InvalidRequest(
-                f"The checkpoint's weight for {name} has shape {tuple(state[name].shape)}, "
-                f"the config says {tuple(parameter.shape)}.",
+                f"The checkpoint's weight for {name} has shape {shape}, the config says {tuple(weight.shape)}.",
                 param="MODEL_PATH",
             )
-        state[name] = state[name].reshape(parameter.shape)
-    unknown = sorted(set(state) - set(wanted))
+    unknown = sorted(set(parts) - set(wanted))
     if unknown:
         raise InvalidRequest(
             f"The checkpoint has weights its config does not explain: {unknown[0]}.", param="MODEL_PATH"
         )
-    module.load_state_dict(state, assign=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InvalidRequest(f"{folder} has no model*.safetensors file.", param="MODEL_PATH")
-    return files
-
-
-def _joined(pieces: dict[int, Tensor]) -> Tensor:
-    ordered = [pieces[part] for part in sorted(pieces)]
-    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+def _joined_shape(name: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Of the concatenation along axis 0."""
+    if len(shapes) == 1:
+        return shapes[0]
+    if () in shapes or len({shape[1:] for shape in shapes}) > 1:
+        raise InvalidRequest(
+            f"The checkpoint's weights for {name} have shapes {', '.join(map(str, shapes))}, which do not join.",
+            param="MODEL_PATH",
+        )
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from service.capacity import BLOCK_SIZE, DTYPE_BYTES, main, num_parameters, parse_size, plan
+from service.capacity import BLOCK_SIZE, DTYPE_BYTES, main, parse_size, plan
 from service.decoder import kv_blocks
 from service.decoder.cross_attention import ImagePages
 from service.decoder.model import Decoder
 from service.decoder.self_kv_cache import SelfKVCache
 from service.decoder.settings import DTYPES
 from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
+from service.families.parts import (
+    Activation,
+    AttentionConfig,
+    FeedForwardConfig,
+    LayerNormConfig,
+    RMSNormConfig,
+    Rotary,
+)
 
+RMS, LAYER_NORM = RMSNormConfig(1e-5), LayerNormConfig(1e-5, bias=True)
+HEADS = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8)
 CROSS = CrossAttentionConfig(
     layers=(0, 2),
     vision_width=24,
     num_latents=5,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    ffn_width=48,
-    qk_norm=True,
+    norm=RMS,
+    attention=replace(HEADS, qk_norm=RMS),
+    feed_forward=FeedForwardConfig(48, Activation.SILU, gated=True),
     vector_gate=True,
     unseen=Unseen.SKIP_BLOCK,
 )
@@ -33,21 +41,24 @@ CONFIG = DecoderConfig(
     num_logits=100,
     width=32,
     num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_width=8,
-    ffn_width=64,
-    eps=1e-5,
-    rope_theta=1e4,
+    norm=RMS,
+    attention=HEADS,
+    rotary=Rotary(1e4, 8),
+    feed_forward=FeedForwardConfig(64, Activation.SILU, gated=True),
     max_positions=128,
     tied_head=False,
     cross_attention=CROSS,
 )
+PLAIN = FeedForwardConfig(40, Activation.GELU, gated=False, bias=True)
 OTHERS = [
     CONFIG,
-    dataclasses.replace(CONFIG, tied_head=True),
-    dataclasses.replace(CONFIG, cross_attention=dataclasses.replace(CROSS, qk_norm=False, vector_gate=False)),
-    dataclasses.replace(CONFIG, num_kv_heads=4, cross_attention=dataclasses.replace(CROSS, layers=(1,))),
+    replace(CONFIG, tied_head=True),
+    replace(CONFIG, cross_attention=replace(CROSS, attention=HEADS, vector_gate=False)),
+    replace(CONFIG, attention=replace(HEADS, num_kv_heads=4), cross_attention=replace(CROSS, layers=(1,))),
+    replace(CONFIG, norm=LAYER_NORM, feed_forward=PLAIN, parallel_residual=True),
+    replace(CONFIG, norm=replace(LAYER_NORM, bias=False), attention=replace(HEADS, bias=True, qk_norm=LAYER_NORM)),
+    replace(CONFIG, cross_attention=replace(CROSS, attention=replace(HEADS, bias=True), feed_forward=PLAIN)),
+    replace(CONFIG, feed_forward=replace(CONFIG.feed_forward, bias=True)),
 ]
 IDEFICS_9B = {
     "model_type": "idefics",
@@ -69,7 +80,7 @@ IDEFICS_9B = {
 def test_parameters_are_those_of_the_real_decoder(config):
     with torch.device("meta"):
         decoder = Decoder(config)
-    assert num_parameters(config) == sum(parameter.numel() for parameter in decoder.parameters())
+    assert config.num_parameters == sum(parameter.numel() for parameter in decoder.parameters())
 
 
 @pytest.mark.parametrize("config", OTHERS)

@@ -18,15 +18,15 @@ class ImagePages:
     """K and V of pictures for every gated block. `image_kv_cache.ImageKVCache` says which picture is on which page."""
 
     def __init__(self, config: CrossAttentionConfig, num_pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (len(config.layers), num_pages, config.num_latents, config.num_kv_heads, config.head_width)
+        heads = config.attention
+        shape = (len(config.layers), num_pages, config.num_latents, heads.num_kv_heads, heads.head_width)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (X, pages, R, K, C)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self._block_of = {layer: block for block, layer in enumerate(config.layers)}
 
     @staticmethod
     def page_bytes(config: CrossAttentionConfig, dtype: torch.dtype) -> int:
-        width = config.num_kv_heads * config.head_width
-        return 2 * len(config.layers) * config.num_latents * width * dtype.itemsize
+        return config.picture_kv_bytes(dtype.itemsize)
 
     def fill(self, pages: list[int], k: Tensor, v: Tensor) -> list[bool]:
         """Write k and v [X, T, R, K, C] to T pages. Whether all numbers on each page are finite."""

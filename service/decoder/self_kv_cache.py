@@ -18,13 +18,14 @@ from service.families.family import DecoderConfig
 
 class SelfKVCache:
     def __init__(self, config: DecoderConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_width)
+        heads = config.attention
+        shape = (config.num_layers, num_blocks, BLOCK_SIZE, heads.num_kv_heads, heads.head_width)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     @staticmethod
     def block_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
-        return 2 * config.num_layers * BLOCK_SIZE * config.num_kv_heads * config.head_width * dtype.itemsize
+        return BLOCK_SIZE * config.token_kv_bytes(dtype.itemsize)
 
     def clear(self, batch: Batch) -> None:
         """Before a step: no block that it begins shows what its last owner left in it.

@@ -33,6 +33,8 @@ def load_family(folder: Path) -> Family:
                 family: Family = module.load(folder, config)
             except KeyError as error:
                 raise InvalidRequest(f"{config_file} lacks {error}, which a {model_type} checkpoint needs.") from error
+            except (ValueError, TypeError) as error:  # a value, or a key, that is not known
+                raise InvalidRequest(f"{config_file}: {error}.", param="MODEL_PATH") from error
             return family
         known.extend(model_types)
     raise InvalidRequest(

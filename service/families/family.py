@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.families.identity import checkpoint_identity, config_identity
+from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, NormConfig, Rotary
 
 Sight = tuple[int, ...]  # ordinals (0-based, in prompt order) of the pictures that a token sees; () sees none
 
@@ -31,22 +32,35 @@ class Unseen(StrEnum):
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    """`kind` "efficientnet_lite" (variant, image_size) or "vit" (the rest). `width`: of the features, per position."""
+class EfficientNetConfig:
+    """EfficientNet-Lite; `variant`: its published name. `width`: of the features, per position."""
 
-    kind: str
+    variant: str
+    image_size: int
+    width: int
+    num_positions: int  # P
+    mean: tuple[float, float, float]  # of pixels in 0..1
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """CLIP's vision transformer. `width`: of the features, per position."""
+
     image_size: int
     width: int
     num_positions: int  # P, class token included
     mean: tuple[float, float, float]  # of pixels in 0..1
     std: tuple[float, float, float]
-    variant: str = ""
-    patch_size: int = 0
-    num_layers: int = 0
-    num_heads: int = 0
-    ffn_width: int = 0
-    activation: str = "gelu"  # "gelu" | "quick_gelu"
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    activation: Activation = Activation.GELU
     eps: float = 1e-5
+
+
+EncoderConfig = EfficientNetConfig | VitConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class ResamplerConfig:
     head_width: int
     num_latents: int  # R
     ffn_width: int
-    activation: str = "relu"  # "relu" | "gelu" | "squared_relu"
+    activation: Activation = Activation.RELU
     qk_norm: bool = False
     eps: float = 1e-5
     num_positions: int | None = None
@@ -86,30 +100,51 @@ class CrossAttentionConfig:
     layers: tuple[int, ...]
     vision_width: int  # E
     num_latents: int  # R
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_width: int  # C
-    ffn_width: int
-    qk_norm: bool
+    norm: NormConfig
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
     vector_gate: bool  # gates of width D instead of one number
     unseen: Unseen
+
+    def picture_kv_bytes(self, number_bytes: int) -> int:
+        """K and V of R latents in every gated block."""
+        return len(self.layers) * self.num_latents * self.attention.kv_numbers * number_bytes
+
+    def num_parameters(self, width: int) -> int:
+        """Of all gated blocks of a decoder of this width."""
+        norms, gates = 2 * self.norm.num_parameters(width), 2 * (width if self.vector_gate else 1)
+        attention = self.attention.num_parameters(width, self.vision_width)
+        return len(self.layers) * (norms + gates + attention + self.feed_forward.num_parameters(width))
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
+    """`parallel_residual`: attention and feed-forward of a layer both read its input, and are added together."""
+
     vocab_size: int  # rows of the embedding, image token and other additional ones included
     num_logits: int  # rows of the head: token ids below it can be generated
     width: int  # D
     num_layers: int
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_width: int  # C
-    ffn_width: int
-    eps: float
-    rope_theta: float
+    norm: NormConfig
+    attention: AttentionConfig
+    rotary: Rotary
+    feed_forward: FeedForwardConfig
     max_positions: int
     tied_head: bool
     cross_attention: CrossAttentionConfig
+    parallel_residual: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        norm = self.norm.num_parameters(self.width)
+        layer = self.attention.num_parameters(self.width, self.width) + self.feed_forward.num_parameters(self.width)
+        head = 0 if self.tied_head else self.num_logits * self.width
+        gated = self.cross_attention.num_parameters(self.width)
+        return self.vocab_size * self.width + self.num_layers * (layer + 2 * norm) + gated + norm + head
+
+    def token_kv_bytes(self, number_bytes: int) -> int:
+        """K and V of a token in every layer."""
+        return self.num_layers * self.attention.kv_numbers * number_bytes
 
 
 @dataclass(frozen=True)

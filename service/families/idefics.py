@@ -7,6 +7,7 @@ nothing until the next picture. Tokens that see none get attention output 0; the
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ from typing import Any
 from service.families.family import (
     CrossAttentionConfig,
     DecoderConfig,
-    EncoderConfig,
     Family,
     ResamplerConfig,
     Sight,
     Target,
     Unseen,
     VisionConfig,
+    VitConfig,
     as_ids,
     fused_target,
     load_chat_template,
     read_json,
 )
+from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, RMSNormConfig, as_rotary
 from service.families.pixels import resize_square
 
 MODEL_TYPES = ("idefics",)
@@ -34,7 +36,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load(folder: Path, config: dict[str, Any]) -> Family:
-    """Raises KeyError for a config that lacks a key which has no published default."""
+    """Raises KeyError for a key that is missing and has no published default, ValueError for what is not served."""
     vision = _vision(config, read_json(folder / "preprocessor_config.json"))
     num_latents, vision_width = vision.latents_shape
     eos = as_ids(config.get("eos_token_id", 2))
@@ -42,9 +44,12 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
     interval, num_layers = config["cross_layer_interval"], config["num_hidden_layers"]
     num_heads = config["num_attention_heads"]
     vocab_size = config["vocab_size"] + config.get("additional_vocab_size", 0)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise KeyError("rope_parameters of type default")
+    head_width = config["hidden_size"] // num_heads
+    norm = RMSNormConfig(config.get("rms_norm_eps", 1e-6))
+    heads = AttentionConfig(num_heads, num_heads, head_width)
+    feed_forward = FeedForwardConfig(
+        config["intermediate_size"], Activation(config.get("hidden_act", "silu")), gated=True
+    )
     end_of_document = as_ids(config.get("eos_token_id", 2))
 
     def see(before: Sight, previous_token: int | None, picture: int | None) -> Sight:
@@ -61,23 +66,19 @@ def load(folder: Path, config: dict[str, Any]) -> Family:
             num_logits=vocab_size,
             width=config["hidden_size"],
             num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_width=config["hidden_size"] // num_heads,
-            ffn_width=config["intermediate_size"],
-            eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            norm=norm,
+            attention=heads,
+            rotary=as_rotary(config, head_width),
+            feed_forward=feed_forward,
             max_positions=config.get("max_position_embeddings", config.get("max_sequence_length", 2048)),
             tied_head=config.get("tie_word_embeddings", False),
             cross_attention=CrossAttentionConfig(
                 layers=tuple(range(0, num_layers // interval * interval, interval)),
                 vision_width=vision_width,
                 num_latents=num_latents,
-                num_heads=num_heads,
-                num_kv_heads=num_heads,
-                head_width=config["hidden_size"] // num_heads,
-                ffn_width=config["intermediate_size"],
-                qk_norm=config.get("qk_layer_norms", False),
+                norm=norm,
+                attention=replace(heads, qk_norm=norm if config.get("qk_layer_norms", False) else None),
+                feed_forward=feed_forward,
                 vector_gate=config.get("alpha_type", "float") == "vector",
                 unseen=Unseen.ZERO_ATTENTION,
             ),
@@ -101,8 +102,7 @@ def _vision(config: dict[str, Any], preprocessor: dict[str, Any]) -> VisionConfi
     vision = config["vision_config"]
     image_size, patch_size = vision.get("image_size", 224), vision.get("patch_size", 14)
     width = vision.get("embed_dim", 768)
-    encoder = EncoderConfig(
-        kind="vit",
+    encoder = VitConfig(
         image_size=image_size,
         width=width,
         num_positions=(image_size // patch_size) ** 2 + 1,
@@ -112,7 +112,7 @@ def _vision(config: dict[str, Any], preprocessor: dict[str, Any]) -> VisionConfi
         num_layers=vision.get("num_hidden_layers", 32),
         num_heads=vision.get("num_attention_heads", 16),
         ffn_width=vision.get("intermediate_size", 5120),
-        activation=vision.get("hidden_act", "gelu"),
+        activation=Activation(vision.get("hidden_act", "gelu")),
         eps=vision.get("layer_norm_eps", 1e-5),
     )
     if not config.get("use_resampler", False):
@@ -126,7 +126,7 @@ def _vision(config: dict[str, Any], preprocessor: dict[str, Any]) -> VisionConfi
         head_width=perceiver.get("resampler_head_dim", 96),
         num_latents=perceiver.get("resampler_n_latents", 64),
         ffn_width=4 * width,
-        activation="relu",
+        activation=Activation.RELU,
         qk_norm=perceiver.get("qk_layer_norms_perceiver", False),
     )
     return VisionConfig(encoder, resampler)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service.activations import activate
 from service.families.family import ResamplerConfig
 
 
@@ -88,10 +89,5 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up_proj(self.norm(x))
-        if self.activation == "gelu":
-            x = F.gelu(x)
-        else:
-            x = F.relu(x).square() if self.activation == "squared_relu" else F.relu(x)
-        out: Tensor = self.down_proj(x)
+        out: Tensor = self.down_proj(activate(self.up_proj(self.norm(x)), self.activation))
         return out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from service.checkpoint import load_weights
 from service.errors import CrossgateError, Internal, InvalidRequest
-from service.families.family import EncoderConfig, Family, VisionConfig
+from service.families.family import EfficientNetConfig, EncoderConfig, Family, VisionConfig, VitConfig
 from service.isolation import Pulse, run_apart
 from service.vision.efficientnet import EfficientNetLite
 from service.vision.resampler import PerceiverResampler
@@ -87,8 +87,8 @@ class VisionStage:
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
-    if config.kind == "vit":
-        return VisionTransformer(config)
-    if config.kind == "efficientnet_lite":
-        return EfficientNetLite(config.variant)
-    raise ValueError(f"unknown encoder kind {config.kind!r}")
+    match config:
+        case EfficientNetConfig():
+            return EfficientNetLite(config.variant)
+        case VitConfig():
+            return VisionTransformer(config)

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.families.family import EncoderConfig
+from service.activations import activate
+from service.families.family import VitConfig
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layernorm = nn.LayerNorm(config.width, eps=config.eps)
@@ -29,7 +30,7 @@ class VisionTransformer(nn.Module):
 
 
 class Embeddings(nn.Module):
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
@@ -42,7 +43,7 @@ class Embeddings(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
         self.self_attn = SelfAttention(config)
@@ -56,7 +57,7 @@ class EncoderLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv_proj = nn.Linear(config.width, 3 * config.width)
@@ -70,14 +71,12 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.activation = config.activation
         self.fc1 = nn.Linear(config.width, config.ffn_width)
         self.fc2 = nn.Linear(config.ffn_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x)
-        out: Tensor = self.fc2(x)
+        out: Tensor = self.fc2(activate(self.fc1(x), self.activation))
         return out

@@ -11,13 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from service.families.family import (
     CrossAttentionConfig,
     DecoderConfig,
-    EncoderConfig,
     Family,
     ResamplerConfig,
     Sight,
     Unseen,
     VisionConfig,
+    VitConfig,
 )
+from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, RMSNormConfig, Rotary
 from service.families.pixels import resize_square
 
 CORPUS = [
@@ -32,6 +33,8 @@ CHAT_TEMPLATE = (
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<image>")
 MAX_POSITIONS = 160
 IMAGE_SIZE = 16
+NORM, HEADS = RMSNormConfig(1e-5), AttentionConfig(1, 1, 8)
+FEED_FORWARD = FeedForwardConfig(16, Activation.SILU, gated=True)
 
 
 def byte_level_tokenizer() -> Tokenizer:
@@ -77,7 +80,7 @@ def make_family(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None
         name="flamingo",
         folder=folder,
         vision=VisionConfig(
-            EncoderConfig("vit", IMAGE_SIZE, 8, 5, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            VitConfig(IMAGE_SIZE, 8, 5, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 8, 1, 1, 16),
             ResamplerConfig(8, 8, 1, 1, 8, 4, 16),
         ),
         decoder=DecoderConfig(
@@ -85,15 +88,15 @@ def make_family(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None
             num_logits=size,
             width=8,
             num_layers=1,
-            num_heads=1,
-            num_kv_heads=1,
-            head_width=8,
-            ffn_width=16,
-            eps=1e-5,
-            rope_theta=1e4,
+            norm=NORM,
+            attention=HEADS,
+            rotary=Rotary(1e4, 8),
+            feed_forward=FEED_FORWARD,
             max_positions=MAX_POSITIONS,
             tied_head=True,
-            cross_attention=CrossAttentionConfig((0,), 8, 4, 1, 1, 8, 16, False, False, Unseen.SKIP_BLOCK),
+            cross_attention=CrossAttentionConfig(
+                (0,), 8, 4, NORM, HEADS, FEED_FORWARD, vector_gate=False, unseen=Unseen.SKIP_BLOCK
+            ),
         ),
         preprocess=partial(resize_square, size=IMAGE_SIZE),
         image_token_id=tokenizer.token_to_id("<image>"),

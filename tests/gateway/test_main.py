@@ -30,6 +30,9 @@ CONFIG = {
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
             "patch_size": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "ffn_width": 16,
         },
         "resampler": {
             "input_width": 8,

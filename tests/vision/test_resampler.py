@@ -11,6 +11,7 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from service.families.family import ResamplerConfig
+from service.families.parts import Activation
 from service.vision.resampler import PerceiverResampler
 
 WIDTH, DEPTH, HEADS, HEAD_WIDTH, LATENTS = 48, 3, 4, 8, 6
@@ -62,7 +63,7 @@ def test_latents_equal_transformers_idefics(qk_norm: bool) -> None:
 def test_projection_positions_and_activation_follow_the_formula() -> None:
     """Flamingo (arXiv 2204.14198) fig. 5, written out in float64: X_f + positions, then attention over [X_f; x]."""
     torch.manual_seed(2)
-    config = ResamplerConfig(20, WIDTH, 1, HEADS, HEAD_WIDTH, LATENTS, 32, activation="gelu", num_positions=11)
+    config = ResamplerConfig(20, WIDTH, 1, HEADS, HEAD_WIDTH, LATENTS, 32, activation=Activation.GELU, num_positions=11)
     resampler = PerceiverResampler(config).double().eval()
     for parameter in resampler.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from service.families.family import EncoderConfig
+from service.families.family import VitConfig
+from service.families.parts import Activation
 from service.vision.vit import VisionTransformer
 
 
@@ -24,8 +25,7 @@ def test_features_equal_clips_last_hidden_state(activation: str) -> None:
             hidden_act=activation,
         )
     ).eval()
-    config = EncoderConfig(
-        "vit",
+    config = VitConfig(
         28,
         32,
         17,
@@ -35,7 +35,7 @@ def test_features_equal_clips_last_hidden_state(activation: str) -> None:
         num_layers=3,
         num_heads=4,
         ffn_width=64,
-        activation=activation,
+        activation=Activation(activation),
     )
     model = VisionTransformer(config).eval()
     state: dict[str, torch.Tensor] = {}
