@@ -1,8 +1,10 @@
 """The thread that owns the engine: takes requests and cancels from other threads, steps while there is work.
 
-Idle, it sleeps on a condition and uses no processor time. What goes wrong about one request ends that request. Where
-the loop itself cannot go on, or no computation works any more, everybody is told and the process ends: whoever
-supervises it starts it anew, and a process that answers nothing but errors is worse than none.
+It makes the engine, too, so that all of torch's work is in one thread. Each thread that computes in parallel gets a
+pool of OpenMP threads of its own; two pools are more threads than cores, and then none of them waits awake for the next
+parallel region any more. Idle, the thread sleeps on a condition and uses no processor time. What goes wrong about one
+request ends that request. Where the loop itself cannot go on, or no computation works any more, everybody is told and
+the process ends: whoever supervises it starts it anew. A process that answers nothing but errors is worse than none.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,18 +46,18 @@ def end_process() -> None:
 
 
 class EngineLoop:
-    """`on_step` is called from the loop's thread after each step and when the loop falls idle.
+    """`make_engine` is called in the loop's thread, and what it raises is raised here.
 
-    `end` is called from the loop's thread, last of all, when this process is of no more use.
+    `on_step` is called from the loop's thread after each step and when the loop falls idle; `end` last of all, when
+    this process is of no more use.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        make_engine: Callable[[], Engine],
         on_step: Callable[[EngineStats], None] = lambda stats: None,
         end: Callable[[], None] = end_process,
     ) -> None:
-        self._engine = engine
         self._on_step = on_step
         self._end = end
         self._wake = threading.Condition()
@@ -64,8 +67,10 @@ class EngineLoop:
         self._num_failed_steps = 0
         self._last_poll_s = 0.0
         self._refusal: str | None = None  # why nothing is taken any more
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        made: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._start, args=(make_engine, made), name="engine", daemon=True)
         self._thread.start()
+        self._engine = made.result()
 
     @property
     def is_alive(self) -> bool:
@@ -102,6 +107,15 @@ class EngineLoop:
             self._refusal = self._refusal or "The decoder is shutting down."
             self._wake.notify()
         self._thread.join(timeout_s)
+
+    def _start(self, make_engine: Callable[[], Engine], made: Future[Engine]) -> None:
+        try:
+            self._engine = make_engine()
+        except BaseException as error:
+            made.set_exception(error)
+        else:
+            made.set_result(self._engine)
+            self._run()
 
     def _run(self) -> None:
         try:

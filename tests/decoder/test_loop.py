@@ -93,7 +93,7 @@ class World:
         self.engine = FakeEngine()
         self.ends = threading.Semaphore(0)
         self.on_step: Callable[[], None] = lambda: None
-        self.loop = EngineLoop(self.engine, on_step=lambda stats: self.on_step(), end=self.ends.release)  # type: ignore[arg-type]
+        self.loop = EngineLoop(lambda: self.engine, on_step=lambda stats: self.on_step(), end=self.ends.release)  # type: ignore[arg-type]
 
     def ask(self, client: Client | None = None) -> Client:
         client = client or Client()
@@ -235,7 +235,7 @@ def test_a_process_of_no_more_use_ends_with_status_1_and_one_line_of_why() -> No
         "from tests.decoder.test_loop import Client, FakeEngine, REQUEST\n"
         "engine, client = FakeEngine(), Client()\n"
         "engine.on_step = Broken('the accelerator is sick')\n"
-        "EngineLoop(engine).submit(REQUEST, None, [], client.deliver, client.is_cancelled)\n"
+        "EngineLoop(lambda: engine).submit(REQUEST, None, [], client.deliver, client.is_cancelled)\n"
         "time.sleep(30)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -87,7 +87,7 @@ def _tensor(request: Any, name: str, max_length: int) -> torch.Tensor | None:
     tensor = torch.from_dlpack(found.to_dlpack())
     if len(tensor) > max_length:
         raise InvalidRequest(f"{name} has {len(tensor)} entries; at most {max_length} are possible.", param=name)
-    return tensor.clone()
+    return torch.from_numpy(tensor.numpy().copy())  # by numpy: torch would copy a large one with OpenMP, in this thread
 
 
 def _integers(request: Any, name: str, max_length: int) -> list[Any]:
