@@ -49,8 +49,7 @@ def check_makers(request: Any, *, config: str, checkpoint: str, max_images: int)
 def send(sender: Any, request_id: str, event: TokenEvent | CrossgateError | None) -> None:
     """Send what the engine delivers; None says that the request was cancelled. FINAL is owed then, too.
 
-    A request's last is a line in the log, under the gateway's id. Never raises: what Triton does not take is logged,
-    since the engine's thread serves others, too.
+    A request's last is a line in the log, under the gateway's id. Never raises: what Triton does not take is logged.
     """
     try:
         _send(sender, event)
