@@ -70,7 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     part.add_argument("--growth", action="store_true", help="how speed and memory grow, in process")
     part.add_argument("--figures", action="store_true", help="of single parts")
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="float32")
-    parser.add_argument("--only", metavar="TEXT", default="", help="scenarios or figures whose name holds this")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="scenarios or figures whose name holds this, or | this"
+    )
     parser.add_argument("--systems", metavar="NAMES", default=",".join(systems.NAMES), help="separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true")
@@ -116,7 +118,7 @@ def compare(options: argparse.Namespace, checkpoint: Path, start: Start) -> str:
 
 
 def chosen(options: argparse.Namespace) -> list[Scenario]:
-    scenarios = [scenario for scenario in SCENARIOS if options.only in scenario.name]
+    scenarios = [s for s in SCENARIOS if any(part in s.name for part in options.only.split("|"))]
     if options.short:
         scenarios = [scenario.short() for scenario in scenarios if options.only or scenario.name in SHORT]
     if not scenarios:

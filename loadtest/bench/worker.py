@@ -21,7 +21,8 @@ STOP_TIMEOUT_S = 20.0
 
 def environment() -> dict[str, str]:
     """The same for every system: all cores, and nothing from a network."""
-    return {**os.environ, "OMP_NUM_THREADS": str(num_cores()), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": str(num_cores()), "HF_HUB_OFFLINE": "1"}
 
 
 class Worker:

@@ -11,6 +11,7 @@ from loadtest.bench.client import body
 from loadtest.bench.judge import Judge
 from loadtest.bench.peers.fastapi_lock import make_app
 from loadtest.bench.scenario import Scenario
+from loadtest.bench.systems import Server
 from loadtest.bench.worker import Worker
 from service.families import load_family
 
@@ -26,18 +27,20 @@ async def test_fastapi_answers_the_body_that_the_service_takes(checkpoint: Path)
     assert Judge(checkpoint).judge(request, tuple(answer["token_ids"])).first_wrong is None
 
 
-def test_litserve_answers_a_batch(checkpoint: Path) -> None:
+def test_litserve_answers_a_batch_over_http(checkpoint: Path) -> None:
     pytest.importorskip("litserve", reason="in the extra `bench`")
-    from loadtest.bench.peers.litserve_batch import Batched
-
-    api = Batched(checkpoint, "float32", 3)
-    api.setup("cpu")
     requests = SCENARIO.requests(load_family(checkpoint).image_token_id, 0)
-    questions = [api.decode_request(body(request, stream=False)) for request in requests]
-    answers = [api.encode_response(output) for output in api.unbatch(api.predict(api.batch(questions)))]
+    users = Worker("loadtest.bench.client")
+    server = Server("litserve", checkpoint, "float32", users, knows_users=True)
+    try:
+        measured = server.run(requests)
+    finally:
+        server.stop()
+        users.stop()
     judge = Judge(checkpoint)
-    for request, answer in zip(requests, answers, strict=True):
-        assert judge.judge(request, tuple(answer["token_ids"])).first_wrong is None
+    for request, tokens in zip(requests, measured.tokens, strict=True):
+        assert judge.judge(request, tuple(tokens)).first_wrong is None
+    assert measured.client_cpu_s is not None and measured.client_cpu_s < measured.seconds
 
 
 def test_a_worker_that_fails_says_how_and_goes_on() -> None:
