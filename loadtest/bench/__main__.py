@@ -13,6 +13,9 @@ docs/performance.md. `--record FILE` keeps the numbers, so that scenarios measur
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +54,8 @@ def main(
         try:
             if options.growth or options.figures:
                 name, text = one_part(options, Path(folder))
+            elif options.show:
+                name, text = "bench", report(options, [])
             else:
                 name, text = "bench", compare(options, make(Path(folder)), start)
         except WrongTokens as error:
@@ -71,12 +76,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     part.add_argument("--figures", action="store_true", help="of single parts")
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="float32")
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="scenarios or figures whose name holds this, or | this"
+        "--only", metavar="PATTERN", default="", help="scenarios or figures whose name this pattern finds"
     )
     parser.add_argument("--systems", metavar="NAMES", default=",".join(systems.NAMES), help="separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--record", type=Path, metavar="FILE", help="add the results to these, and show them all")
+    parser.add_argument("--show", action="store_true", help="measure nothing: the table of what --record holds")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
     options = parser.parse_args(arguments)
     options.systems = options.systems.split(",")
@@ -84,6 +90,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no system called {', '.join(unknown)}; there are {', '.join(systems.NAMES)}")
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if options.show and not (options.record and options.record.exists()):
+        parser.error("--show needs the FILE of a --record")
     if options.short and options.write:
         parser.error("a short run is no measurement: --write without --short")
     return options
@@ -93,9 +101,12 @@ def compare(options: argparse.Namespace, checkpoint: Path, start: Start) -> str:
     """The table of all systems. Raises WrongTokens."""
     scenarios = chosen(options)
     dtypes = DTYPES if options.dtype == "both" else (options.dtype,)
-    users, judge = Worker("loadtest.bench.client"), Worker("loadtest.bench.judge", str(checkpoint))
     results: list[Result] = []
-    try:
+    with contextlib.ExitStack() as running:
+        users = Worker("loadtest.bench.client")
+        running.callback(users.stop)
+        judge = Worker("loadtest.bench.judge", str(checkpoint))
+        running.callback(judge.stop)
         for dtype in dtypes:
             check = checker(judge, dtype)
             started = start(options.systems, checkpoint, dtype, users)
@@ -107,22 +118,25 @@ def compare(options: argparse.Namespace, checkpoint: Path, start: Start) -> str:
                         measure.save(found, options.record)
             finally:
                 systems.stop_systems(started)
-    finally:
-        users.stop()
-        judge.stop()
+    return report(options, results)
+
+
+def report(options: argparse.Namespace, results: Sequence[Result]) -> str:
+    """The table of these results, or of all that were recorded; with `--write` also the plot."""
     if options.record:
         results = in_order(measure.load(options.record))
     if options.write:
-        PLOT.write_text(table.chart(results, "float32" if "float32" in {r.dtype for r in results} else dtypes[0]))
+        dtypes = [result.dtype for result in results]
+        PLOT.write_text(table.chart(results, "float32" if "float32" in dtypes else dtypes[0]))
     return f"{table.results_table(results, judged=not options.short)}\n\n{table.client_line(results)}".rstrip()
 
 
 def chosen(options: argparse.Namespace) -> list[Scenario]:
-    scenarios = [s for s in SCENARIOS if any(part in s.name for part in options.only.split("|"))]
+    scenarios = [scenario for scenario in SCENARIOS if re.search(options.only, scenario.name)]
     if options.short:
         scenarios = [scenario.short() for scenario in scenarios if options.only or scenario.name in SHORT]
     if not scenarios:
-        raise SystemExit(f"crossgate: no scenario's name holds {options.only!r}")
+        raise SystemExit(f"crossgate: no scenario's name has {options.only!r}")
     return scenarios
 
 
@@ -187,4 +201,5 @@ def about() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through every `finally`
     sys.exit(main())

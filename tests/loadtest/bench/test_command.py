@@ -59,7 +59,9 @@ def test_a_short_run_prints_a_table_and_stops_everything(capsys: pytest.CaptureF
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {scenario} | float32")]
         assert float(row.split("|")[8]) > 1.5, "the peer that sleeps is slower"
         assert row.endswith("| 100 % |")
-    assert record.exists() and peers and not any(peer.running for peer in peers)
+    assert peers and not any(peer.running for peer in peers)
+    assert main(["--show", "--record", str(record)]) == 0
+    assert "| 8 users, 1 picture, repeated | float32 |" in capsys.readouterr().out
 
 
 def test_a_wrong_token_ends_the_run_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +81,7 @@ def test_in_half_precision_the_table_says_what_share_agrees(capsys: pytest.Captu
     assert 50 < float(agreed.strip(" %")) < 100
 
 
-@pytest.mark.parametrize("arguments", [["--systems", "vllm"], ["--short", "--write"], ["--rounds", "0"]])
+@pytest.mark.parametrize("arguments", [["--systems", "vllm"], ["--short", "--write"], ["--rounds", "0"], ["--show"]])
 def test_what_makes_no_sense_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         main(arguments)
@@ -87,5 +89,5 @@ def test_what_makes_no_sense_is_refused(arguments: list[str]) -> None:
 
 
 def test_a_scenario_that_is_not_there_is_one_clear_line() -> None:
-    with pytest.raises(SystemExit, match="no scenario's name holds 'nine users'"):
+    with pytest.raises(SystemExit, match="no scenario's name has 'nine users'"):
         main(["--only", "nine users"], starting([]), lambda folder: folder)
