@@ -32,6 +32,7 @@ from service.launch.settings import ROOT
 from tests.reliability.table import write
 
 PAGE, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.svg"
+CODE = ("service", "model_repo", "loadtest")  # what a measurement depends on
 DTYPES = ("float32", "bfloat16")
 
 
@@ -195,9 +196,14 @@ def about() -> str:
     model = next(line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name"))
     flags = next(line.partition(":")[2].split() for line in info.splitlines() if line.startswith("flags"))
     fast = ", ".join(flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    commit = git.stdout.strip() or "unknown"
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    commit += " with changes" if git("status", "--porcelain", "--", *CODE) else ""
     return f"{model}, {num_cores()} cores, {fast or 'no bf16'}; commit {commit}, {time.strftime('%d %B %Y')}."
+
+
+def git(*arguments: str) -> str:
+    """What it prints; nothing outside a repository."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
