@@ -133,8 +133,9 @@ def start_systems(names: Sequence[str], folder: Path, dtype: str, users: Worker)
 
 
 def stop_systems(systems: Sequence[System]) -> None:
-    for system in systems:
-        system.stop()
+    with contextlib.ExitStack() as stopping:  # each, whatever happens to another
+        for system in systems:
+            stopping.callback(system.stop)
 
 
 NAMES = ("engine", "service", "transformers", "fastapi", "litserve")
