@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.bench.bounds import verdict
-from loadtest.bench.checkpoint import benchmark_checkpoint, tiny_checkpoint
+from loadtest.bench.checkpoint import IMAGE_TOKEN_ID, benchmark_checkpoint, tiny_checkpoint
 from loadtest.bench.peers.engine import InProcess
-from loadtest.bench.peers.generator import Generator
 from loadtest.bench.scenario import BOS, VOCABULARY, Request, Scenario
 from loadtest.bench.systems import Service
 from loadtest.bench.worker import Worker
@@ -60,19 +59,19 @@ def report(folder: Path, dtype: str, *, only: str, short: bool) -> str:
 
 
 def decode_beside_transformers(folder: Path, dtype: str, rounds: int) -> list[Figure]:
-    ours, theirs = InProcess(folder, dtype), Generator(folder, dtype)
+    ours = InProcess(folder, dtype)
+    theirs = Worker("loadtest.bench.peers.static_batches", str(folder), dtype)  # whose loader leaves threads behind
     scenario = Scenario("decode step", 8, 4)
-    our_steps, their_steps = [], []
+    our_steps: list[float] = []
+    their_steps: list[float] = []
     for turn in range(rounds):
-        requests = scenario.requests(theirs.image_token_id, turn)
+        requests = scenario.requests(IMAGE_TOKEN_ID, turn, max_tokens=STEPS + 2)
         ids = [ours.add(request) for request in requests]
         ours.first_tokens(ids)
         our_steps += ours.step_times(STEPS)
         cancel(ours, ids)
-        clock = Clock()
-        questions = [theirs.question_about(r.input_ids, r.pictures, STEPS + 2) for r in requests]
-        theirs.answer(questions, streamer=clock)
-        their_steps += clock.gaps_s()[1:]
+        their_steps += theirs.ask(requests=[request.to_json() for request in requests])["gaps_s"]
+    theirs.stop()
     mine, other = 1e3 * statistics.median(our_steps), 1e3 * statistics.median(their_steps)
     parts = f"{mine:.1f} / {other:.1f} ms"
     return [Figure("decode step ÷ that of `transformers`, batch 8, 4 pictures each", parts, mine / other, 0.25)]
@@ -199,23 +198,6 @@ MEASURES: tuple[Measure, ...] = (
     over_http,
     readers,
 )
-
-
-class Clock:
-    """A streamer of `generate` that notes when tokens come."""
-
-    def __init__(self) -> None:
-        self._times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self._times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def gaps_s(self) -> list[float]:
-        """Between tokens; the first is from the prompt to the first token."""
-        return [after - before for before, after in itertools.pairwise(self._times)]
 
 
 def in_process_times(folder: Path, dtype: str, prompt_tokens: int, rounds: int) -> tuple[float, float]:
