@@ -25,6 +25,7 @@ from tests.reliability.table import markdown
 
 LONG = 2000  # tokens of the long prompt
 STEPS = 24
+POOLS = {"kv_blocks": 1024, "image_pages": 128}  # what these need; else each engine takes a fifth of the memory
 TINY_WORDS = range(270, 350)  # of the tiny checkpoint's vocabulary
 WORDS = "the thing is in a string " * 4
 pictures = itertools.count(7_000_000)  # numbers that nobody asked about before
@@ -59,7 +60,7 @@ def report(folder: Path, dtype: str, *, only: str, short: bool) -> str:
 
 
 def decode_beside_transformers(folder: Path, dtype: str, rounds: int) -> list[Figure]:
-    ours = InProcess(folder, dtype)
+    ours = InProcess(folder, dtype, **POOLS)
     theirs = Worker("loadtest.bench.peers.static_batches", str(folder), dtype)  # whose loader leaves threads behind
     scenario = Scenario("decode step", 8, 4)
     our_steps: list[float] = []
@@ -78,7 +79,7 @@ def decode_beside_transformers(folder: Path, dtype: str, rounds: int) -> list[Fi
 
 
 def short_beside_long(folder: Path, dtype: str, rounds: int) -> list[Figure]:
-    system = InProcess(folder, dtype)
+    system = InProcess(folder, dtype, **POOLS)
     without: list[float] = []
     beside: list[float] = []
     for turn in range(rounds):
@@ -95,7 +96,7 @@ def short_beside_long(folder: Path, dtype: str, rounds: int) -> list[Figure]:
 
 def sampling_share(folder: Path, dtype: str, rounds: int) -> list[Figure]:
     """What a step takes longer when all rows are drawn, with top_p, than when all take the greatest."""
-    system = InProcess(folder, dtype)
+    system = InProcess(folder, dtype, **POOLS)
     steps: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(rounds):
         for is_drawn in (False, True):
@@ -110,7 +111,7 @@ def sampling_share(folder: Path, dtype: str, rounds: int) -> list[Figure]:
 
 
 def streams_beside_a_prompt(folder: Path, dtype: str, rounds: int) -> list[Figure]:
-    system = InProcess(folder, dtype)
+    system = InProcess(folder, dtype, **POOLS)
     gaps: list[float] = []
     for turn in range(rounds):
         ids = [system.add(text(30, user, turn)) for user in range(8)]
@@ -202,7 +203,7 @@ MEASURES: tuple[Measure, ...] = (
 
 def in_process_times(folder: Path, dtype: str, prompt_tokens: int, rounds: int) -> tuple[float, float]:
     """Milliseconds to the first token of a prompt of so many tokens, and of each further one, for one user."""
-    system = InProcess(folder, dtype)
+    system = InProcess(folder, dtype, **POOLS)
     prefills, steps = [], []
     for turn in range(1 + 2 * rounds):
         begin_s = time.perf_counter()
