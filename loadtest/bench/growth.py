@@ -173,5 +173,5 @@ def tensor_bytes() -> int:
     """Of all storages that live in this process, whoever holds them."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]  # isinstance would run properties
-    tensors = [tensor for tensor in found if tensor.device.type != "meta"]
+    tensors = [tensor for tensor in found if tensor.device.type != "meta" and not tensor.is_mkldnn]  # packed: no storage
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
