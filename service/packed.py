@@ -33,9 +33,11 @@ def packed_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear | 
     if weight.numel() < MIN_SIZE or weight.device.type != "cpu" or not has_kernel:
         return None
     try:
-        return PackedLinear(weight, bias)
+        packed = PackedLinear(weight, bias)
+        packed(weight.new_zeros(1, weight.shape[1]))  # some weights can be packed and then not be computed with
     except RuntimeError:
         return None
+    return packed
 
 
 def pack_linears(module: nn.Module) -> None:

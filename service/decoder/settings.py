@@ -13,6 +13,9 @@ from service.decoder.page_pool import PageShape
 from service.errors import InvalidRequest
 from service.families.family import DecoderConfig
 
+# A step with so many takes about twice as long as one that decodes 8 sequences, whatever the model's size: a prompt
+# beside them keeps their time between tokens within three times. Larger chunks make a prompt at most a quarter faster.
+CPU_STEP_TOKENS = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,7 +27,7 @@ class DecoderSettings:
     dtype: str = "float32"
     max_running: int = 32
     max_waiting: int = 256
-    max_step_tokens: int = 512
+    max_step_tokens: int = CPU_STEP_TOKENS
     kv_blocks: int | None = None
     image_pages: int | None = None
 
@@ -43,12 +46,14 @@ class DecoderSettings:
         """Raises InvalidRequest for values that are not positive integers."""
         device = environment.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = device != "cpu"
+        max_running = _integer(environment, "CROSSGATE_MAX_RUNNING") or (256 if on_gpu else 32)
+        step_tokens = max(8192 if on_gpu else CPU_STEP_TOKENS, 2 * max_running)  # prompts get at least half of it
         return cls(
             device=device,
             dtype=environment.get("DTYPE") or ("bfloat16" if on_gpu else "float32"),
-            max_running=_integer(environment, "CROSSGATE_MAX_RUNNING") or (256 if on_gpu else 32),
+            max_running=max_running,
             max_waiting=_integer(environment, "CROSSGATE_MAX_WAITING") or 256,
-            max_step_tokens=_integer(environment, "CROSSGATE_MAX_STEP_TOKENS") or (8192 if on_gpu else 512),
+            max_step_tokens=_integer(environment, "CROSSGATE_MAX_STEP_TOKENS") or step_tokens,
             kv_blocks=_integer(environment, "CROSSGATE_KV_BLOCKS"),
             image_pages=_integer(environment, "CROSSGATE_IMAGE_PAGES"),
         )
