@@ -111,7 +111,8 @@ def grouped_bars(
 
 def standalone(svg: str) -> str:
     """The same plot as a file of its own: what a page's style sheet would say is inside, on a white ground."""
-    css = "text{font:9.5px system-ui,sans-serif;fill:#56606c}.grid{stroke:#e6e9ed}polyline{fill:none;stroke-width:2}"
+    css = "text{font-family:system-ui,DejaVu Sans,sans-serif;font-size:9.5px;fill:#56606c}"
+    css += ".grid{stroke:#e6e9ed}polyline{fill:none;stroke-width:2}"
     head, _, rest = svg.partition(">")
     ground = '<rect width="100%" height="100%" fill="white"/>'
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{css}</style>{ground}{rest}\n'

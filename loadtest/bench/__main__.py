@@ -55,6 +55,7 @@ def main(
         try:
             if options.growth or options.figures:
                 name, text = one_part(options, Path(folder))
+                text = f"{about()}\n\n{text}"
             elif options.show:
                 name, text = "bench", report(options, [])
             else:
@@ -62,7 +63,6 @@ def main(
         except WrongTokens as error:
             print(f"crossgate: {error}", file=sys.stderr)
             return 1
-    text = f"{about()}\n\n{text}"
     print(text)
     if options.write:
         write(name, text, PAGE)
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     part.add_argument("--figures", action="store_true", help="of single parts")
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="float32")
     parser.add_argument(
-        "--only", metavar="PATTERN", default="", help="scenarios or figures whose name this pattern finds"
+        "--only", metavar="PATTERN", default="", help="scenarios, figures or curves whose name this pattern finds"
     )
     parser.add_argument("--systems", metavar="NAMES", default=",".join(systems.NAMES), help="separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
@@ -129,7 +129,8 @@ def report(options: argparse.Namespace, results: Sequence[Result]) -> str:
     if options.write:
         dtypes = [result.dtype for result in results]
         PLOT.write_text(table.chart(results, "float32" if "float32" in dtypes else dtypes[0]))
-    return f"{table.results_table(results, judged=not options.short)}\n\n{table.client_line(results)}".rstrip()
+    where = list(dict.fromkeys(result.about for result in results))
+    return "\n\n".join([*where, table.results_table(results, judged=not options.short), table.client_line(results)])
 
 
 def chosen(options: argparse.Namespace) -> list[Scenario]:
@@ -148,6 +149,8 @@ def run_scenario(
 
     begin_s = time.monotonic()
     found = measure.measure(scenario, started, dtype, rounds, IMAGE_TOKEN_ID, check)
+    for result in found:
+        result.about = about()
     rates = ", ".join(f"{result.system} {result.rate:,.0f}" for result in found)
     print(f"{scenario.name}, {dtype}: {rates}  [{time.monotonic() - begin_s:.0f} s]", file=sys.stderr, flush=True)
     return found
@@ -172,9 +175,9 @@ def one_part(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
 
     dtype = "float32" if options.dtype == "both" else options.dtype
     if options.growth:
-        return "growth", growth.report(
-            make_checkpoint(folder), dtype, short=options.short, plots=PAGE.parent if options.write else None
-        )
+        plots = PAGE.parent if options.write else None
+        checkpoint = make_checkpoint(folder)
+        return "growth", growth.report(checkpoint, dtype, only=options.only, short=options.short, plots=plots)
     return "figures", figures.report(folder, dtype, only=options.only, short=options.short)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,30 +68,23 @@ def knee(points: Sequence[Point]) -> int:
     return good[0] if rises else good[-1]
 
 
-def report(folder: Path, dtype: str, *, short: bool, plots: Path | None) -> str:
-    """The tables. `plots`: where to put `growth_*.svg`, if anywhere."""
+def report(folder: Path, dtype: str, *, only: str, short: bool, plots: Path | None) -> str:
+    """The tables: of curves whose name the pattern `only` finds, and of bytes. `plots`: where to put `growth_*.svg`."""
     measured = measured_bytes(folder, dtype)
     capacity = plan(load_family(folder).decoder, dtype, memory_bytes=0, reserve=0)
     predicted = Bytes(capacity.token_bytes * BLOCK_SIZE, capacity.picture_bytes)
     system = InProcess(folder, dtype, kv_blocks=BLOCKS, image_pages=PAGES, max_running=max(USERS))
     at_users(system, 1, measured)  # warms
-    curves = {
-        "users, one picture for all": [at_users(system, x, measured) for x in (USERS[:3] if short else USERS)],
-        f"tokens of context, {NUM_SEQUENCES} users": [
-            at_context(system, x, measured) for x in (CONTEXTS[:2] if short else CONTEXTS)
-        ],
-        f"pictures a question, {NUM_SEQUENCES} users": [
-            at_pictures(system, x, measured) for x in (PICTURES[:2] if short else PICTURES)
-        ],
-    }
-    if plots is not None:
-        for name, points in curves.items():
-            line = Line(name, "#1f5fa8", [(point.x, point.tokens_per_s) for point in points])
-            svg = line_chart([line], name, "tokens/s", log_x=points[0].x > 0)
-            (plots / f"growth_{name.split()[0].strip(',')}.svg").write_text(standalone(svg))
-    return "\n\n".join(
-        [*(curve_table(name, points) for name, points in curves.items()), bytes_table(predicted, measured)]
-    )
+    tables = []
+    for name, (at, places) in CURVES.items():
+        if re.search(only, name):
+            points = [at(system, x, measured) for x in (places[:3] if short else places)]
+            tables.append(curve_table(name, points))
+            if plots is not None:
+                line = Line(name, "#1f5fa8", [(point.x, point.tokens_per_s) for point in points])
+                svg = line_chart([line], name, "tokens/s", log_x=points[0].x > 0)
+                (plots / f"growth_{name.split()[0].strip(',')}.svg").write_text(standalone(svg))
+    return "\n\n".join([*tables, bytes_table(predicted, measured)])
 
 
 def curve_table(name: str, points: Sequence[Point]) -> str:
@@ -136,6 +130,13 @@ def at_context(system: InProcess, context: int, size: Bytes) -> Point:
 def at_pictures(system: InProcess, pictures: int, size: Bytes) -> Point:
     scenario = Scenario(f"growth in pictures {pictures}", NUM_SEQUENCES, pictures)
     return _measure(system, scenario.requests(system.family.image_token_id, 0), pictures, size)
+
+
+CURVES: dict[str, tuple[Callable[[InProcess, int, Bytes], Point], Sequence[int]]] = {
+    "users, one picture for all": (at_users, USERS),
+    f"tokens of context, {NUM_SEQUENCES} users": (at_context, CONTEXTS),
+    f"pictures a question, {NUM_SEQUENCES} users": (at_pictures, PICTURES),
+}
 
 
 def _measure(system: InProcess, requests: Sequence[Request], x: int, size: Bytes) -> Point:

@@ -28,6 +28,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     client_cpu: list[float] = field(default_factory=list)  # share of a core
     agreed: float = 1.0
+    about: str = ""  # machine, commit, date
 
     @property
     def rate(self) -> float:

@@ -65,7 +65,7 @@ def _ratio(rates: Rates, over: str, scenario: str, dtype: str, judged: bool) -> 
 
 def client_line(results: Sequence[Result]) -> str:
     shares = [share for result in results for share in result.client_cpu]
-    return f"The client took at most {100 * max(shares):.0f} % of a core." if shares else ""
+    return f"The client took at most {100 * max(shares):.2g} % of a core." if shares else ""
 
 
 def chart(results: Sequence[Result], dtype: str) -> str:

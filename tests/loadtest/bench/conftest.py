@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.checkpoint import VOCAB_SIZE, silence_special_tokens
+from loadtest.bench.checkpoint import CONTEXT, VOCAB_SIZE, silence_special_tokens
 from tests.checkpoints import make_idefics
 
 
 def small_checkpoint(folder: Path) -> Path:
     """The benchmark's words, and next to nothing else."""
-    make_idefics(folder, vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "max_position_embeddings": CONTEXT}
+    make_idefics(folder, vocab_size=VOCAB_SIZE, **sizes)
     silence_special_tokens(folder)
     return folder
 
