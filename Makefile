@@ -6,6 +6,8 @@
 # make fuzz     20,000 mutated requests, 20,000 mutated pictures, schemathesis       each of the three: ARGS=--short, ARGS=--write
 # make bench    the service beside its peers, and its parts beside their bounds     ARGS=--short, --growth, --figures, --write
 # make check    what CI checks: format, lint, types, layers
+# make kernel   what the attention kernel takes of GPUs that need not be here: registers, spills, shared memory
+# make gpu-check    on a machine with a GPU: is the kernel right, how near to the bandwidth   PYTHON=… ARGS=--tiles
 # make clean    removes what these made, the virtual environment included
 
 PYTHON ?= python3
@@ -27,7 +29,7 @@ $(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cach
 	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
 endef
 
-.PHONY: serve test test-compose test-chaos soak fuzz bench check clean install install-dev
+.PHONY: serve test test-compose test-chaos soak fuzz bench check kernel gpu-check clean install install-dev
 .SILENT:
 
 serve: install
@@ -67,6 +69,13 @@ check: install-dev
 		echo 'crossgate: promtool is not installed (Debian: prometheus); its checks are left out' >&2
 	fi
 	$(VENV)/bin/python -m pytest -q tests/deploy/test_kubernetes.py
+
+kernel: install-dev
+	$(VENV)/bin/python -m tests.decoder.kernel_resources
+
+# With the machine's own Python and packages: nothing is installed, there may be no network.
+gpu-check:
+	$(PYTHON) -m tests.gpu.check $(ARGS)
 
 clean:
 	rm -rf $(VENV) .triton .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
