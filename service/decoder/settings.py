@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from service.decoder.cross_attention import ImagePages
 from service.decoder.kv_blocks import BLOCK_SIZE
-from service.decoder.self_kv_cache import SelfKVCache
+from service.decoder.page_pool import PageShape
 from service.errors import InvalidRequest
 from service.families.family import DecoderConfig
 
@@ -64,8 +63,8 @@ class DecoderSettings:
         free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_host_bytes()
         dtype = DTYPES[self.dtype]
         blocks_share, pages_share = (0.6, 0.2) if on_gpu else (0.2, 0.05)
-        blocks = int(free * blocks_share) // SelfKVCache.block_bytes(config, dtype)
-        pages = int(free * pages_share) // ImagePages.page_bytes(config.cross_attention, dtype)
+        blocks = int(free * blocks_share) // (PageShape.of_text(config).num_values * dtype.itemsize)
+        pages = int(free * pages_share) // (PageShape.of_images(config.cross_attention).num_values * dtype.itemsize)
         blocks = min(blocks, self.max_running * -(-config.max_positions // BLOCK_SIZE))
         return self.kv_blocks or max(blocks, 1), self.image_pages or max(min(pages, 16384), 1)
 

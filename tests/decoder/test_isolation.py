@@ -336,9 +336,9 @@ def test_memory_that_a_request_has_not_written_reaches_no_token(
     world: World, expected: dict[int, list[int]], value: float
 ) -> None:
     engine = world.engine(dataclasses.replace(ROOMY, max_step_tokens=50))
-    for memory in (engine.runner.self_kv.k, engine.runner.self_kv.v, engine.runner.image_pages.k):
+    for memory in (engine.runner.self_kv.k, engine.runner.self_kv.v, engine.runner.image_kv.k):
         memory.fill_(value)
-    engine.runner.image_pages.v.fill_(value)
+    engine.runner.image_kv.v.fill_(value)
     world.add(engine, *INNOCENT)
     got, errors = drain_all(engine)
     assert (got, errors) == (expected, {})

@@ -9,24 +9,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.contract import SamplingParams, ValidRequest
-from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.image_pages import ImagePages
 from service.decoder.kv_blocks import BLOCK_SIZE, KVBlocks
 from service.decoder.scheduler import LOOK_AHEAD, Scheduler, Step
 from service.decoder.sequence import Sequence
 from service.errors import Overloaded, TooLarge
 from service.families.flamingo import see
 
+NUM_TILES = {"c": 2, "d": 3, "e": 4}  # of a picture, by its key; 1 of any other
+
 
 def make_scheduler(
-    num_blocks: int = 12, num_pages: int = 3, max_running: int = 4, budget: int = 24, max_overtaken: int = 64
+    num_blocks: int = 12,
+    num_pages: int = 3,
+    max_running: int = 4,
+    budget: int = 24,
+    max_overtaken: int = 64,
+    fill_tokens: int = 1,
 ) -> Scheduler:
-    return Scheduler(KVBlocks(num_blocks), ImageKVCache(num_pages), max_running, 100, budget, max_overtaken)
+    return Scheduler(KVBlocks(num_blocks), ImagePages(num_pages), max_running, 100, budget, max_overtaken, fill_tokens)
+
+
+def tiles(key: str) -> list[tuple[str, int]]:
+    return [(key, tile) for tile in range(NUM_TILES.get(key, 1))]
 
 
 def make_sequence(request_id: int, num_tokens: int, keys: tuple[str, ...] = (), max_tokens: int = 8) -> Sequence:
     input_ids = tuple((request_id * 7 + index) % 50 for index in range(num_tokens))
     request = ValidRequest(input_ids, keys, tuple(range(len(keys))), SamplingParams(max_tokens=max_tokens))
-    return Sequence(request_id, request, {key: key for key in keys}, see, 0.0, 0)
+    return Sequence(request_id, request, {key: tiles(key) for key in keys}, see, 0.0, 0)
 
 
 class Machine:
@@ -35,7 +46,7 @@ class Machine:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.slots: dict[int, tuple[str, ...]] = {}  # slot -> digest of the tokens up to it, and of what they see
-        self.pages: dict[int, str] = {}
+        self.pages: dict[int, tuple[str, int]] = {}  # page -> key and tile
         self.generated: dict[int, int] = {}
         self.finished: list[int] = []
         self.lost: list[int] = []
@@ -52,25 +63,35 @@ class Machine:
                         self.overtaken[other.request_id] = self.overtaken.get(other.request_id, 0) + 1
         for sequence, _ in step.lost_images:
             self.lost.append(sequence.request_id)
-        for page, key in step.image_fills:
-            self.pages[page] = key
+        for pages, latents in step.image_fills:
+            self.pages |= zip(pages, latents, strict=True)
         assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
+        self.check_cost(step)
         assert len({id(chunk.sequence) for chunk in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:
             sequence = chunk.sequence
             assert chunk.count > 0 and chunk.start == sequence.num_computed
-            assert {self.pages[page]: page for page in sequence.image_pages.values()} == sequence.image_pages
+            for key, pages in sequence.image_pages.items():
+                assert [self.pages[page] for page in pages] == tiles(key)
+            assert chunk.samples == (chunk.start + chunk.count == len(sequence.token_ids))
             for position in range(chunk.start, chunk.start + chunk.count):
                 self.slots[self.slot(sequence, position)] = self.content(sequence, position)
             for position in range(chunk.start + chunk.count):
                 assert self.slots[self.slot(sequence, position)] == self.content(sequence, position)
         for chunk in step.chunks:
-            samples = chunk.samples
             self.scheduler.computed(chunk)
-            if samples:
+            if chunk.samples:
                 self.sample(chunk.sequence)
+                assert chunk.samples, "it says what was scheduled, whatever follows"
         self.check()
         return step
+
+    def check_cost(self, step: Step) -> None:
+        """Tokens and fills are within the budget, but for one request's pictures, with which the step then ends."""
+        filled = {pages: len(pages) * self.scheduler.fill_tokens for pages, _ in step.image_fills}
+        if sum(chunk.count for chunk in step.chunks) + sum(filled.values()) > self.scheduler.max_step_tokens:
+            last = step.chunks[-1]
+            assert filled.keys() <= set(last.sequence.image_pages.values()) and last.count == 1
 
     def sample(self, sequence: Sequence) -> None:
         sequence.append(sequence.num_generated % 50)
@@ -110,7 +131,7 @@ class Machine:
             for key in sequence.image_pages:
                 held[key] = held.get(key, 0) + 1
         assert all(scheduler.images.refcount(key) == count for key, count in held.items())
-        assert scheduler.images.num_held == len(held)
+        assert scheduler.images.num_held == sum(len(tiles(key)) for key in held)
         newcomers = [sequence.request_id for sequence in scheduler.waiting if sequence.request_id not in self.started]
         assert newcomers == sorted(newcomers), "the queue keeps its order"
         waiting = [sequence.request_id in self.started for sequence in scheduler.waiting]
@@ -131,9 +152,10 @@ requests = st.tuples(
 @given(
     st.lists(requests, min_size=1, max_size=12),
     st.integers(8, 16),
-    st.integers(3, 5),
+    st.integers(3, 9),
     st.integers(5, 40),
     st.integers(0, 4),
+    st.integers(1, 20),
 )
 def test_every_request_ends_exactly_once_and_everything_is_returned(
     arrivals: list[tuple[int, tuple[str, ...], int, int, int | None]],
@@ -141,8 +163,11 @@ def test_every_request_ends_exactly_once_and_everything_is_returned(
     num_pages: int,
     budget: int,
     max_overtaken: int,
+    fill_tokens: int,
 ) -> None:
-    machine = Machine(make_scheduler(num_blocks, num_pages, budget=budget, max_overtaken=max_overtaken))
+    machine = Machine(
+        make_scheduler(num_blocks, num_pages, budget=budget, max_overtaken=max_overtaken, fill_tokens=fill_tokens)
+    )
     scheduler = machine.scheduler
     schedule: list[tuple[int, Sequence, int | None]] = []
     now, expected, cancelled = 0, [], []
@@ -197,13 +222,18 @@ def test_a_picture_that_is_resident_goes_ahead_of_one_that_finds_no_page() -> No
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 6), st.integers(1, 4), st.lists(st.sampled_from(["", "hot", "own"]), min_size=1, max_size=6))
+@given(
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.lists(st.sampled_from(["", "hot", "own"]), min_size=1, max_size=6),
+    st.integers(1, 100),
+)
 def test_no_stream_of_later_requests_starves_one_that_needs_every_page(
-    max_overtaken: int, num_pages: int, kinds: list[str]
+    max_overtaken: int, num_pages: int, kinds: list[str], fill_tokens: int
 ) -> None:
     """Later ones keep coming as long as it waits: text, questions about a hot picture, and about ever new pictures."""
-    machine = Machine(make_scheduler(60, num_pages, max_running=8, budget=64, max_overtaken=max_overtaken))
-    scheduler = machine.scheduler
+    scheduler = make_scheduler(60, num_pages, 8, budget=64, max_overtaken=max_overtaken, fill_tokens=fill_tokens)
+    machine = Machine(scheduler)
     scheduler.add(make_sequence(0, 20, ("hot",), max_tokens=30))
     machine.step()
     scheduler.add(make_sequence(1, 20, tuple(f"big{number}" for number in range(num_pages)), max_tokens=5))
@@ -487,7 +517,7 @@ def test_a_picture_evicted_while_its_request_waited_is_reported_lost() -> None:
 
 
 def test_a_full_queue_is_overloaded() -> None:
-    scheduler = Scheduler(KVBlocks(4), ImageKVCache(1), 1, 1, 8)
+    scheduler = Scheduler(KVBlocks(4), ImagePages(1), 1, 1, 8)
     scheduler.add(make_sequence(0, 4))
     with pytest.raises(Overloaded):
         scheduler.add(make_sequence(1, 4))
@@ -499,3 +529,44 @@ def test_a_request_that_could_never_fit_is_refused() -> None:
         scheduler.add(make_sequence(0, 30, max_tokens=3))
     with pytest.raises(TooLarge, match="holds 1"):
         scheduler.add(make_sequence(0, 10, ("a", "b")))
+    with pytest.raises(TooLarge, match="take 2 pages"):
+        scheduler.add(make_sequence(0, 10, ("c",)))
+
+
+def test_a_picture_that_is_resident_counts_with_all_its_pages() -> None:
+    machine = Machine(make_scheduler(num_pages=4, max_running=1))
+    machine.scheduler.add(make_sequence(0, 4, ("d",), max_tokens=1))
+    machine.step()
+    again = make_sequence(1, 4, ("d", "c"), max_tokens=1)
+    del again.latents["d"]
+    with pytest.raises(TooLarge, match="take 5 pages"):
+        machine.scheduler.add(again)
+
+
+def test_pictures_to_fill_count_against_the_budget() -> None:
+    machine = Machine(make_scheduler(num_blocks=100, num_pages=9, max_running=9, budget=40, fill_tokens=10))
+    machine.scheduler.add(make_sequence(0, 5, ("c",), max_tokens=30))  # 20 for its pages
+    machine.scheduler.add(make_sequence(1, 10, ("a",), max_tokens=30))  # 10, and 5 are left
+    machine.scheduler.add(make_sequence(2, 10, ("b",), max_tokens=30))  # not now
+    assert [chunk.count for chunk in machine.step().chunks] == [5, 5]
+    assert [chunk.count for chunk in machine.step().chunks] == [1, 5, 10]
+
+
+def test_pictures_that_cost_more_than_a_step_has_are_filled_all_the_same() -> None:
+    machine = Machine(make_scheduler(num_blocks=100, num_pages=9, max_running=9, budget=12, fill_tokens=10))
+    machine.scheduler.add(make_sequence(0, 5, ("e",), max_tokens=30))
+    machine.scheduler.add(make_sequence(1, 5, ("d",), max_tokens=30))
+    assert [(chunk.sequence.request_id, chunk.count) for chunk in machine.step().chunks] == [(0, 1)]
+    assert [(chunk.sequence.request_id, chunk.count) for chunk in machine.step().chunks] == [(0, 4), (1, 1)]
+
+
+def test_pictures_that_with_those_present_are_more_than_the_pool_are_reported_lost() -> None:
+    """A key has always as many pages; one that had other ones would wait for ever, and others behind it."""
+    machine = Machine(make_scheduler(num_pages=4))
+    machine.scheduler.add(make_sequence(0, 4, ("d",), max_tokens=1))
+    liar = make_sequence(1, 4, ("d", "c"), max_tokens=1)
+    liar.latents["d"] = liar.latents["d"][:1]
+    machine.scheduler.add(liar)
+    machine.step()
+    machine.step()
+    assert (machine.finished, machine.lost) == ([0], [1])

@@ -50,13 +50,15 @@ def test_each_picture_counts_once_in_the_order_of_the_prompt() -> None:
 
 def test_a_token_sees_the_pages_of_the_pictures_that_its_family_says() -> None:
     sequence = make((1, 5, 1, END, 6, 1), ("a", "b", "a"), (0, 2, 5))
-    sequence.image_pages = {"a": 4, "b": 1}
-    assert [sequence.pages(position) for position in range(6)] == [(4,), (4,), (4, 1), (4, 1), (), (4,)]
+    sequence.image_pages = {"a": (4, 0), "b": (1,)}
+    assert [sequence.pages(position) for position in range(6)] == [(4, 0), (4, 0), (4, 0, 1), (4, 0, 1), (), (4, 0)]
+    assert list(sequence.runs(1, 6)) == [(1, (4, 0)), (2, (4, 0, 1)), (1, ()), (1, (4, 0))]
+    assert list(sequence.runs(4, 5)) == [(1, ())]
 
 
 def test_what_a_generated_token_sees_follows_from_the_token_before_it() -> None:
     sequence = make((1, 5), ("a",), (0,))
-    sequence.image_pages = {"a": 4}
+    sequence.image_pages = {"a": (4,)}
     for token in (6, END, 7, 8):
         sequence.append(token)
     assert [sequence.pages(position) for position in range(6)] == [(4,), (4,), (4,), (4,), (), ()]

@@ -32,8 +32,10 @@ def read_request(request: Any, max_positions: int) -> tuple[ValidRequest, torch.
         image_positions=tuple(_integers(request, "image_positions", max_positions)),
         sampling=SamplingParams.from_json(bytes(_integers(request, "sampling", MAX_SAMPLING_BYTES))),
     )
-    num_pictures = len(valid.image_keys)
-    return valid, _tensor(request, "latents", num_pictures), _integers(request, "latent_index", num_pictures)
+    latents = _tensor(
+        request, "latents", max_positions
+    )  # a picture may have several rows; the engine knows how many fit
+    return valid, latents, _integers(request, "latent_index", max_positions)
 
 
 def check_makers(request: Any, *, config: str, checkpoint: str, max_images: int) -> None:
