@@ -246,7 +246,7 @@ def test_after_a_failed_step_the_next_request_is_answered_about_its_own_picture(
             if answer.finish_reason is not None:
                 return got, None
 
-    loop = EngineLoop(engine)
+    loop = EngineLoop(lambda: engine)
     try:
         engine.runner.model.project_image = broken  # type: ignore[method-assign]
         assert isinstance(ask()[1], Internal)
