@@ -71,6 +71,7 @@ class Machine:
         for chunk in step.chunks:
             sequence = chunk.sequence
             assert chunk.count > 0 and chunk.start == sequence.num_computed
+            assert sequence.image_pages.keys() == set(sequence.image_keys)
             for key, pages in sequence.image_pages.items():
                 assert [self.pages[page] for page in pages] == tiles(key)
             assert chunk.samples == (chunk.start + chunk.count == len(sequence.token_ids))
@@ -275,8 +276,11 @@ def test_a_step_computes_as_many_tokens_as_it_may() -> None:
     machine.scheduler.max_step_tokens = 4
     assert chunks_of(machine) == {0: 1, 1: 1, 2: 1, 3: 1}, "a newcomer may begin with the last one"
     assert chunks_of(machine) == {0: 1, 1: 1, 2: 1, 3: 1}, "and a prompt under way go on with it"
-    machine.scheduler.max_step_tokens = 100
-    assert chunks_of(machine) == {0: 1, 1: 1, 2: 1, 3: 7}
+    machine.scheduler.max_step_tokens = 2
+    assert chunks_of(machine) == {0: 1, 1: 1}, "who came first goes first"
+    machine.scheduler.max_step_tokens = 8
+    assert chunks_of(machine) == {0: 1, 1: 1, 2: 1, 3: 5}
+    assert chunks_of(machine) == {0: 1, 1: 1, 2: 1, 3: 2}
 
 
 def test_no_more_run_than_may() -> None:
@@ -304,6 +308,24 @@ def test_a_sequence_grows_into_the_last_free_block_without_taking_anybody_s() ->
     assert machine.scheduler.num_preemptions == 0
 
 
+def test_who_is_put_back_is_first_in_the_queue_and_the_older_ones_go_on_in_that_step() -> None:
+    machine = Machine(make_scheduler(num_blocks=4, budget=100))
+    for request_id, num_tokens in enumerate((17, 16, 16)):
+        machine.scheduler.add(make_sequence(request_id, num_tokens))
+    assert chunks_of(machine) == {0: 17, 1: 16, 2: 16}
+    machine.scheduler.add(make_sequence(3, 4))
+    assert chunks_of(machine) == {0: 1, 1: 1}, "the second takes the third's block"
+    assert [sequence.request_id for sequence in machine.scheduler.waiting] == [2, 3]
+
+
+def test_a_picture_whose_filling_takes_all_that_is_left_waits() -> None:
+    machine = Machine(make_scheduler(num_blocks=20, num_pages=9, budget=6))
+    machine.scheduler.add(make_sequence(0, 4, ("a",)))  # 5 with its page
+    machine.scheduler.add(make_sequence(1, 1, ("b",)))
+    assert chunks_of(machine) == {0: 4}
+    assert chunks_of(machine) == {0: 1, 1: 1}
+
+
 def test_a_prompt_of_one_token_is_answered() -> None:
     machine = Machine(make_scheduler())
     machine.scheduler.add(make_sequence(0, 1, max_tokens=1))
@@ -313,7 +335,7 @@ def test_a_prompt_of_one_token_is_answered() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "computed"), [(32, 16), (33, 1), (47, 15), (48, 16)])
 def test_of_a_known_prompt_whole_blocks_are_shared_but_for_its_last_token(num_tokens: int, computed: int) -> None:
-    machine = Machine(make_scheduler(num_blocks=40, budget=100))
+    machine = Machine(make_scheduler(num_blocks=3 + (num_tokens > 47), budget=100))  # just enough for one of them
     for request_id in range(2):
         sequence = make_sequence(0, num_tokens, max_tokens=1)
         sequence.request_id = request_id

@@ -193,6 +193,20 @@ async def test_who_waits_is_let_in_when_places_are_no_longer_shared() -> None:
     await asyncio.gather(*tasks)
 
 
+async def test_who_leaves_in_the_moment_in_which_another_gets_the_place_just_leaves() -> None:
+    admission, gate = make([], running=1, waiting=9), asyncio.Event()
+    first, leaver, last = (asyncio.create_task(hold(admission, gate)) for _ in range(3))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    admission.share(False)
+    gate.set()
+    admission.leave(None, Outcome.FINISHED)  # before the leaver has had a turn
+    assert (admission.num_running, admission.num_waiting) == (1, 0)
+    first.cancel()
+    results = await asyncio.gather(first, leaver, last, return_exceptions=True)
+    assert isinstance(results[1], asyncio.CancelledError) and results[2] is None
+
+
 async def test_a_key_that_has_gone_leaves_nothing_behind() -> None:
     admission, gate = make([], running=1, waiting=9), asyncio.Event()
     tasks = [asyncio.create_task(hold(admission, gate, key)) for key in (*KEYS, *KEYS)]
@@ -202,6 +216,20 @@ async def test_a_key_that_has_gone_leaves_nothing_behind() -> None:
     gate.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert not admission._running and not admission._waiting
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_of_one_key_who_came_first_goes_first(shared: bool) -> None:
+    admission = make([], running=2, waiting=9, shared=shared)
+    order: list[int] = []
+
+    async def one(number: int) -> None:
+        async with admission.slot("alice"):
+            order.append(number)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*map(one, range(5)))
+    assert order == list(range(5))
 
 
 async def test_keys_that_wait_take_turns() -> None:

@@ -223,6 +223,28 @@ async def test_a_failure_that_nobody_waits_for_is_no_news() -> None:
     assert complaints == []
 
 
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_a_failure_in_the_moment_in_which_the_last_one_leaves_is_no_news(num_turns: int) -> None:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    rig = Rig()
+
+    async def fail_while_leaving(picture: np.ndarray) -> Latents:
+        leavers[0].cancel()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        raise Unavailable("gone")
+
+    rig.backend.encode = fail_while_leaving  # type: ignore[method-assign]
+    leavers = [rig.ask(KEYS[0])]
+    await asyncio.gather(*leavers, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    rig.assert_nothing_left()
+    leavers.clear()
+    gc.collect()
+    assert complaints == []
+
+
 async def test_an_encoding_that_cannot_be_stopped_ends_quietly_and_is_kept() -> None:
     complaints: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
@@ -243,6 +265,7 @@ async def test_an_encoding_that_cannot_be_stopped_ends_quietly_and_is_kept() -> 
     assert (await rig.ask(KEYS[0]))[KEYS[0]].values.shape == (4, 8)
     assert rig.order == [0]
     rig.assert_nothing_left()
+    del leaver
     gc.collect()
     assert complaints == []
 

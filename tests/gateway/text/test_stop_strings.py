@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -32,6 +33,23 @@ def test_stop_strings_cut_however_the_text_comes(text: str, stops: list[str], cu
         sent += matcher.flush()
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     assert (sent, stopped) == ((text[: min(ends)[1]], True) if ends else (text, False))
+
+
+def test_of_every_short_text_just_that_is_held_back_which_may_begin_a_stop_string() -> None:
+    letters = ["".join(word) for length in range(1, 5) for word in itertools.product("ab", repeat=length)]
+    texts = ["".join(word) for word in itertools.product("ab", repeat=7)]
+    for stop, size in itertools.product(letters, (1, 2, 3)):
+        for text in texts:
+            matcher, sent = StopStrings((stop,)), ""
+            for start in range(0, len(text), size):
+                piece, stopped = matcher.push(text[start : start + size])
+                sent += piece
+                seen = text[: start + size]
+                if stop in seen:
+                    assert (sent, stopped) == (seen[: seen.index(stop)], True)
+                    break
+                held = max(length for length in range(len(stop)) if seen.endswith(stop[:length]))
+                assert (sent, stopped) == (seen[: len(seen) - held], False)
 
 
 def test_a_stop_string_costs_the_same_wherever_it_nearly_matches() -> None:
