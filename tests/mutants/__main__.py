@@ -58,58 +58,48 @@ def main() -> int:
     paths = arguments.only or list(TARGETS)
     explained: dict[str, dict[str, str]] = tomllib.loads(SURVIVORS.read_text())
     bred = {path: mutants(path, (ROOT / path).read_text()) for path in paths}
-    import_what_is_slow(test for path in paths for test in TARGETS[path])
-    baselines = dict(_baselines(paths))
     chosen = [mutant for path in paths for mutant in bred[path]]
     if arguments.short:
         chosen = random.Random(SAMPLE_SEED).sample(chosen, min(SAMPLE_SIZE, len(chosen)))
-    results = {path: Result(path, all_names={mutant.name for mutant in bred[path]}) for path in paths}
-    _try(chosen, baselines, results, explained, arguments.jobs)
-    stale = list(_stale(results.values(), explained))
-    _report(list(results.values()), stale, time.monotonic() - begin)
+    import_what_is_slow(test for path in paths for test in TARGETS[path])
+    results = []
+    for path in paths:
+        result = Result(path, all_names={mutant.name for mutant in bred[path]})
+        _try([mutant for mutant in chosen if mutant.path == path], result, explained.get(path, {}), arguments.jobs)
+        results.append(result)
+    stale = list(_stale(results, explained))
+    _report(results, stale, time.monotonic() - begin)
     if arguments.short:  # too few of a file for a share of its own
-        results = {"": _together(results.values())}
-    return 1 if stale or any(result.share < WANTED_SHARE for result in results.values()) else 0
+        results = [_together(results)]
+    return 1 if stale or any(result.share < WANTED_SHARE for result in results) else 0
 
 
-def _baselines(paths: list[str]) -> Iterator[tuple[str, float]]:
-    """How long each file's tests take, which must pass."""
-    trials = [Trial(path, TARGETS[path], (ROOT / path).read_text(), timeout_s=300) for path in paths]
-    for trial, verdict, took_s in run_all(trials, num_at_once=1):
-        if verdict is not Verdict.SURVIVED:
-            sys.exit(f"crossgate: {' '.join(trial.tests)}: {verdict.value} without any mutant")
-        yield trial.path, took_s
-
-
-def _try(
-    chosen: list[Mutant],
-    baselines: dict[str, float],
-    results: dict[str, Result],
-    explained: dict[str, dict[str, str]],
-    num_at_once: int,
-) -> None:
-    by_source = {(mutant.path, mutant.source): mutant for mutant in chosen}
-    trials = [
-        Trial(mutant.path, TARGETS[mutant.path], mutant.source, timeout_s=5 + 4 * baselines[mutant.path])
-        for mutant in chosen
-    ]
-    for number, (trial, verdict, _) in enumerate(run_all(trials, num_at_once), start=1):
-        mutant = by_source[trial.path, trial.source]
-        result = results[mutant.path]
+def _try(chosen: list[Mutant], result: Result, explained: dict[str, str], num_at_once: int) -> None:
+    """Fills in the result of one file. Its tests must pass without any mutant."""
+    begin = time.monotonic()
+    tests = TARGETS[result.path]
+    unbroken = Trial(result.path, tests, (ROOT / result.path).read_text(), timeout_s=300)
+    ((_, verdict, took_s),) = run_all([unbroken], num_at_once=1)
+    if verdict is not Verdict.SURVIVED:
+        sys.exit(f"crossgate: {' '.join(tests)}: {verdict.value} without any mutant")
+    by_source = {mutant.source: mutant for mutant in chosen}
+    trials = [Trial(result.path, tests, source, timeout_s=3 + 3 * took_s) for source in by_source]
+    for trial, verdict, _ in run_all(trials, num_at_once):
+        mutant = by_source[trial.source]
         result.num_mutants += 1
         if verdict is not Verdict.SURVIVED:
             result.noticed.add(mutant.name)
-        elif mutant.name in explained.get(mutant.path, {}):
+        elif mutant.name in explained:
             result.named.append(mutant)
         else:
             result.unnamed.append(mutant)
             _show(mutant)
-        if sys.stderr.isatty():
-            print(f"\r{number}/{len(trials)} ", end="", file=sys.stderr)
+    took = f"{time.monotonic() - begin:.0f} s; its tests alone {took_s:.1f} s"
+    print(f"{result.path}: {len(result.noticed)} of {result.num_mutants} noticed, {took}", file=sys.stderr, flush=True)
 
 
 def _show(mutant: Mutant) -> None:
-    print(f"\rSurvived, not named: {mutant.path}:{mutant.line}\n  {mutant.name}")
+    print(f"Survived, not named: {mutant.path}:{mutant.line}\n  {mutant.name}")
     source = (ROOT / mutant.path).read_text().splitlines()
     for line in difflib.unified_diff(source, mutant.source.splitlines(), n=1, lineterm=""):
         if not line.startswith(("---", "+++", "@@")):
@@ -138,7 +128,7 @@ def _together(results: Iterable[Result]) -> Result:
 
 
 def _report(results: list[Result], stale: list[str], took_s: float) -> None:
-    print("\r| file | mutants | noticed | named | share of the rest |\n|---|---|---|---|---|")
+    print("| file | mutants | noticed | named | share of the rest |\n|---|---|---|---|---|")
     for result in (*results, _together(results)):
         numbers = f"{result.num_mutants} | {len(result.noticed)} | {len(result.named)} | {result.share:.1%}"
         print(f"| {result.path} | {numbers} |")
