@@ -5,6 +5,7 @@
 # make soak     mixed traffic at one and a half times the capacity, ten minutes
 # make fuzz     20,000 mutated requests, 20,000 mutated pictures, schemathesis       each of the three: ARGS=--short, ARGS=--write
 # make mutants  would the tests notice a fault? breaks a line at a time     ARGS=--short, ARGS='--only service/decoder/kv_blocks.py'
+# make bench    the service beside its peers, and its parts beside their bounds     ARGS=--short, --growth, --figures, --write
 # make check    what CI checks: format, lint, types, layers
 # make clean    removes what these made, the virtual environment included
 
@@ -27,7 +28,7 @@ $(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cach
 	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
 endef
 
-.PHONY: serve test test-compose test-chaos soak fuzz mutants check clean install install-dev
+.PHONY: serve test test-compose test-chaos soak fuzz mutants bench check clean install install-dev
 .SILENT:
 
 serve: install
@@ -51,6 +52,9 @@ fuzz: install-dev
 
 mutants: install-dev
 	$(VENV)/bin/python -m tests.mutants $(ARGS)
+
+bench: $(VENV)/.bench
+	$(VENV)/bin/python -m loadtest.bench $(ARGS)
 
 check: install-dev
 	$(VENV)/bin/ruff format --check .
@@ -90,6 +94,12 @@ $(VENV)/.serve: $(VENV)/.made pyproject.toml
 $(VENV)/.dev: PACKAGES = -e '.[gateway,stages,demo,otel,dev]'
 $(VENV)/.dev: $(VENV)/.serve
 	echo '» packages for tests and checks (once)'
+	$(install)
+	touch $@
+
+$(VENV)/.bench: PACKAGES = -e '.[gateway,stages,demo,otel,dev,bench]'
+$(VENV)/.bench: $(VENV)/.dev $(TRITON)
+	echo '» packages for the benchmark (once)'
 	$(install)
 	touch $@
 

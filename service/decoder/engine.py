@@ -29,6 +29,7 @@ from service.decoder.settings import DTYPES, DecoderSettings
 from service.errors import CrossgateError, ImageNotResident, Internal, InvalidRequest, TooLarge
 from service.families.family import Family
 from service.isolation import Pulse, run_apart
+from service.packed import pack_linears, packed_linear
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,9 @@ class Engine:
         with torch.device("meta"):
             model = Decoder(family.decoder)
         load_weights(model, family.folder, family.decoder_weight, settings.device, DTYPES[settings.dtype])
+        pack_linears(model)
+        if model.lm_head is None:  # the embedding stays as it is, for lookups
+            model.lm_head = packed_linear(model.embed_tokens.weight[: family.decoder.num_logits])
         return cls(family, model.eval(), settings)
 
     def add(

@@ -43,7 +43,9 @@ class Decoder(nn.Module):
             {str(index): GatedCrossAttentionBlock(config.width, config.eps, cross, index) for index in cross.layers}
         )
         self.norm = RMSNorm(config.width, config.eps)
-        self.lm_head = None if config.tied_head else nn.Linear(config.width, config.num_logits, bias=False)
+        self.lm_head: nn.Module | None = None
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.width, config.num_logits, bias=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """input_ids and positions int64 [N] -> hidden states before the head [N, D]."""

@@ -122,6 +122,14 @@ def test_one_whose_last_answer_was_posted_is_not_given_up_any_more(world: World)
     assert not world.outbox.take_given_up()
 
 
+def test_a_last_answer_that_cannot_be_delivered_concerns_the_engine_no_more(world: World) -> None:
+    deaf = Reader(error=RuntimeError("the stream is gone"))
+    world.outbox.post([(world.open(deaf), TokenEvent((1,), STOP))])
+    world.outbox.close(5)
+    assert deaf.answers
+    assert not world.outbox.take_given_up()
+
+
 def test_the_latest_counts_are_told_also_when_nothing_else_happens(world: World) -> None:
     for count in range(100):
         world.outbox.post([], count)
