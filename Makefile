@@ -4,6 +4,7 @@
 # make test-chaos   faults under load, and hostile clients beside innocent ones: nothing lost, nothing wrong, nothing leaked
 # make soak     mixed traffic at one and a half times the capacity, ten minutes
 # make fuzz     20,000 mutated requests, 20,000 mutated pictures, schemathesis       each of the three: ARGS=--short, ARGS=--write
+# make mutants  would the tests notice a fault? breaks a line at a time     ARGS=--short, ARGS='--only service/decoder/kv_blocks.py'
 # make bench    the service beside its peers, and its parts beside their bounds     ARGS=--short, --growth, --figures, --write
 # make check    what CI checks: format, lint, types, layers
 # make kernel   what the attention kernel takes of GPUs that need not be here: registers, spills, shared memory
@@ -29,7 +30,7 @@ $(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cach
 	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
 endef
 
-.PHONY: serve test test-compose test-chaos soak fuzz bench check kernel gpu-check clean install install-dev
+.PHONY: serve test test-compose test-chaos soak fuzz bench mutants check kernel gpu-check clean install install-dev
 .SILENT:
 
 serve: install
@@ -50,6 +51,9 @@ soak: install-dev
 
 fuzz: install-dev
 	$(VENV)/bin/python -m tests.reliability.fuzz $(ARGS)
+
+mutants: install-dev
+	$(VENV)/bin/python -m tests.mutants $(ARGS)
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)

@@ -79,6 +79,17 @@ def test_what_does_not_fit_evicts_nobody() -> None:
         images.insert("a", 2)
 
 
+def test_a_picture_that_is_gone_leaves_nothing_behind() -> None:
+    images = ImagePages(2)
+    assert images.refcount("a") == 0
+    show(images, "a", 2)
+    show(images, "b", 2)
+    images.insert("c", 1)
+    images.release("c")
+    assert [images.refcount(key) for key in "abc"] == [0, 0, 0]
+    assert not images._refcounts.keys() & {"a", "b", "c"}, "or keys would pile up for ever"
+
+
 @given(st.integers(1, 9), st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 3)), max_size=60))
 def test_no_page_has_two_owners_and_every_count_adds_up(num_pages: int, events: list[tuple[str, int]]) -> None:
     """Against a model that looks at everything: pictures of 1 to 4 pages, held, filled, released in any order."""

@@ -147,3 +147,26 @@ def test_a_row_that_is_not_finite_changes_no_other_row(value: float, temperature
     logits[4] = value
     got = sample(logits, sequences)
     assert got[:4] + got[5:] == alone[:4] + alone[5:]
+
+
+def draw(seed: int, num_tokens: int, vocabulary: int = 1000) -> list[int]:
+    """One request's tokens where all are equally likely."""
+    sequence = Sequence(0, ValidRequest((1,), sampling=SamplingParams(temperature=1.0)), {}, see, 0.0, seed)
+    for _ in range(num_tokens):
+        sequence.append(sample(torch.zeros(1, vocabulary), [sequence])[0])
+    return sequence.token_ids[1:]
+
+
+def test_every_token_of_a_request_has_a_random_number_of_its_own() -> None:
+    drawn = np.array(draw(5, 400))
+    assert len(set(drawn.tolist())) > 280  # 330 are expected of 400 draws from 1,000; the same one again would be 1
+    counts = np.bincount(drawn // 100, minlength=10)
+    assert ((counts - 40) ** 2 / 40).sum() < 33.7  # the 99.99 % quantile at 9 degrees of freedom
+    later = np.corrcoef(drawn[:-1], drawn[1:])[0, 1]
+    assert abs(later) < 0.25, "a token says nothing of the next"
+
+
+def test_a_seed_gives_the_same_tokens_again_and_another_seed_gives_others() -> None:
+    assert draw(5, 50) == draw(5, 50)
+    assert draw(5, 50) != draw(6, 50)
+    assert draw(5, 50)[1:] != draw(6, 50)[:-1]
