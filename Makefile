@@ -4,7 +4,11 @@
 # make test-chaos   faults under load, and hostile clients beside innocent ones: nothing lost, nothing wrong, nothing leaked
 # make soak     mixed traffic at one and a half times the capacity, ten minutes
 # make fuzz     20,000 mutated requests, 20,000 mutated pictures, schemathesis       each of the three: ARGS=--short, ARGS=--write
+# make mutants  would the tests notice a fault? breaks a line at a time     ARGS=--short, ARGS='--only service/decoder/kv_blocks.py'
+# make bench    the service beside its peers, and its parts beside their bounds     ARGS=--short, --growth, --figures, --write
 # make check    what CI checks: format, lint, types, layers
+# make kernel   what the attention kernel takes of GPUs that need not be here: registers, spills, shared memory
+# make gpu-check    on a machine with a GPU: is the kernel right, how near to the bandwidth   PYTHON=… ARGS=--tiles
 # make clean    removes what these made, the virtual environment included
 
 PYTHON ?= python3
@@ -26,7 +30,7 @@ $(VENV)/bin/pip --disable-pip-version-check install $(PACKAGES) 2>&1 | tee .cach
 	|| { tail -n 20 .cache/install.log >&2; echo 'crossgate: installing failed; the whole log is .cache/install.log' >&2; exit 1; }
 endef
 
-.PHONY: serve test test-compose test-chaos soak fuzz check clean install install-dev
+.PHONY: serve test test-compose test-chaos soak fuzz bench mutants check kernel gpu-check clean install install-dev
 .SILENT:
 
 serve: install
@@ -48,6 +52,12 @@ soak: install-dev
 fuzz: install-dev
 	$(VENV)/bin/python -m tests.reliability.fuzz $(ARGS)
 
+mutants: install-dev
+	$(VENV)/bin/python -m tests.mutants $(ARGS)
+
+bench: $(VENV)/.bench
+	$(VENV)/bin/python -m loadtest.bench $(ARGS)
+
 check: install-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -63,6 +73,13 @@ check: install-dev
 		echo 'crossgate: promtool is not installed (Debian: prometheus); its checks are left out' >&2
 	fi
 	$(VENV)/bin/python -m pytest -q tests/deploy/test_kubernetes.py
+
+kernel: install-dev
+	$(VENV)/bin/python -m tests.decoder.kernel_resources
+
+# With the machine's own Python and packages: nothing is installed, there may be no network.
+gpu-check:
+	$(PYTHON) -m tests.gpu.check $(ARGS)
 
 clean:
 	rm -rf $(VENV) .triton .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -86,6 +103,12 @@ $(VENV)/.serve: $(VENV)/.made pyproject.toml
 $(VENV)/.dev: PACKAGES = -e '.[gateway,stages,demo,otel,dev]'
 $(VENV)/.dev: $(VENV)/.serve
 	echo '» packages for tests and checks (once)'
+	$(install)
+	touch $@
+
+$(VENV)/.bench: PACKAGES = -e '.[gateway,stages,demo,otel,dev,bench]'
+$(VENV)/.bench: $(VENV)/.dev $(TRITON)
+	echo '» packages for the benchmark (once)'
 	$(install)
 	touch $@
 

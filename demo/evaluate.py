@@ -38,7 +38,7 @@ from service.vision.stage import VisionStage
 NUM_SCENES = 700
 NUM_SINGLES = 340  # of them: every concept alone, twice
 PICTURES_AT_ONCE = 32
-SETTINGS = DecoderSettings(max_running=48, max_waiting=100_000, kv_blocks=512, image_pages=256)
+SETTINGS = DecoderSettings(max_running=48, max_waiting=100_000, max_step_tokens=512, kv_blocks=512, image_pages=256)
 ANSWER = SamplingParams(max_tokens=24)
 SEED = 5
 

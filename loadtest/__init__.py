@@ -1,1 +1,1 @@
-"""Load on a running Crossgate, over HTTP only; and `affinity`, a model of many, which alone imports `service`."""
+"""Load on a running Crossgate, over HTTP; `affinity`, a model of many; `bench`, which starts it beside its peers."""

@@ -1,7 +1,7 @@
 """python -m loadtest.affinity: what hashing pictures to replicas does to the picture cache, as a table.
 
 Gateways and decoders in one process and in virtual time: requests arrive at random, each looks at one picture and holds
-its place for a while. The accounting is the service's own: the decoders' `ImageKVCache`, the gateways' `ResidentKeys`
+its place for a while. The accounting is the service's own: the decoders' `ImagePages`, the gateways' `ResidentKeys`
 and its second round when a picture was not resident after all. Only the computing is left out.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtest.ring import Ring
-from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.image_pages import ImagePages
 from service.gateway.pictures.residency import ResidentKeys
 
 Route = Callable[[str], int]
@@ -76,7 +76,7 @@ class Counts:
 def simulate(fleet: Fleet, work: Workload, policy: str, seed: int = 0) -> Counts:
     """The first quarter of the requests fills the caches and is not counted."""
     rng = random.Random(seed)
-    decoders = [ImageKVCache(fleet.pages) for _ in range(fleet.decoders)]
+    decoders = [ImagePages(fleet.pages) for _ in range(fleet.decoders)]
     believed = [None if fleet.ask_first else ResidentKeys(fleet.believed) for _ in range(fleet.gateways)]
     kept = [ResidentKeys(fleet.latents) for _ in range(fleet.gateways)]
     ring = Ring(fleet.decoders, fleet.factor if policy == "hash, bounded" else None)
@@ -106,7 +106,7 @@ def simulate(fleet: Fleet, work: Workload, policy: str, seed: int = 0) -> Counts
 def _serve(
     key: str,
     route: Route,
-    decoders: list[ImageKVCache],
+    decoders: list[ImagePages],
     believed: ResidentKeys | None,
     kept: ResidentKeys,
     counts: Counts,
@@ -129,7 +129,7 @@ def _serve(
     if key in decoders[decoder]:
         decoders[decoder].hold(key)
     else:
-        decoders[decoder].insert(key)
+        decoders[decoder].insert(key, 1)
         decoders[decoder].filled(key)
     if believed is not None:
         believed.add([key])

@@ -1,4 +1,4 @@
-"""Plots as SVG text: a few lines on a grid, and stacked bars. No library, no script, nothing to load."""
+"""Plots as SVG text: a few lines on a grid, stacked and grouped bars. No library, no script, nothing to load."""
 
 from __future__ import annotations
 
@@ -79,6 +79,43 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[st
         parts.append(f'<text class="tick" x="{x + 14}" y="{height - 4}">{escape(name)}</text>')
         x += 14 + 7 * len(name) + 14
     return "".join([*parts, "</svg>"])
+
+
+def grouped_bars(
+    groups: Sequence[tuple[str, Sequence[float | None]]], names: Sequence[str], colours: Sequence[str], unit: str
+) -> str:
+    """Horizontal bars, a group a label, its bars in the order of `names`; None: no bar."""
+    longest = max((value for _, values in groups for value in values if value is not None), default=0.0)
+    if longest <= 0:
+        return '<p class="none">no data</p>'
+    label_width, bar_height, gap = 150, 9, 8
+    parts, y = [], 4
+    for label, values in groups:
+        bars = [(name, colour, value) for name, colour, value in zip(names, colours, values, strict=True) if value]
+        middle = y + len(bars) * bar_height / 2 + 3.5
+        parts.append(f'<text class="tick" x="{label_width - 8}" y="{middle}" text-anchor="end">{escape(label)}</text>')
+        for name, colour, value in bars:
+            width = value / longest * (WIDTH - label_width - 50)
+            title = f"<title>{escape(name)}: {number(value)} {escape(unit)}</title>"
+            size = f'width="{width:.1f}" height="{bar_height - 1}"'
+            parts.append(f'<rect x="{label_width}" y="{y}" {size} fill="{colour}">{title}</rect>')
+            parts.append(f'<text class="tick" x="{label_width + width + 4:.1f}" y="{y + 8}">{round(value):,}</text>')
+            y += bar_height
+        y += gap
+    for name, colour in zip(names, colours, strict=True):
+        parts.append(f'<rect x="{label_width}" y="{y}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text class="tick" x="{label_width + 14}" y="{y + 9}">{escape(name)}</text>')
+        y += 14
+    return "".join([_open(f"{unit} of each", y), *parts, "</svg>"])
+
+
+def standalone(svg: str) -> str:
+    """The same plot as a file of its own: what a page's style sheet would say is inside, on a white ground."""
+    css = "text{font-family:system-ui,DejaVu Sans,sans-serif;font-size:9.5px;fill:#56606c}"
+    css += ".grid{stroke:#e6e9ed}polyline{fill:none;stroke-width:2}"
+    head, _, rest = svg.partition(">")
+    ground = '<rect width="100%" height="100%" fill="white"/>'
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{css}</style>{ground}{rest}\n'
 
 
 def cumulative(values: Sequence[float], max_points: int = 200) -> list[Point]:

@@ -38,6 +38,7 @@ def make_idefics(
     chat_template: str | None = CHAT_TEMPLATE,
     max_shard_size: str = "5GB",
     dtype: torch.dtype = torch.float32,
+    vocab_size: int = 0,
     vision: dict[str, Any] | None = None,
     perceiver: dict[str, Any] | None = None,
     **overrides: Any,
@@ -46,9 +47,10 @@ def make_idefics(
 
     `overrides`, `vision` and `perceiver` go to IdeficsConfig and its two parts. A small `max_shard_size` ("200KB")
     gives several files with an index. `additional_vocab_size` 0 puts the image tokens into the ordinary vocabulary.
+    `vocab_size`: at least so many words, the image tokens among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = llama_tokenizer()
+    tokenizer = llama_tokenizer(vocab_size)
     total = tokenizer.get_vocab_size()  # the two image tokens are its last two
     config = IdeficsConfig(
         vocab_size=total - 2 if additional_vocab_size else total,
@@ -139,12 +141,16 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(1.0 + noise * 0.1)
 
 
-def llama_tokenizer() -> Tokenizer:
-    """Llama's tokenizer in small: BPE with byte fallback, `▁` for a space, `<s>` in front; the image tokens last."""
+def llama_tokenizer(vocab_size: int = 0) -> Tokenizer:
+    """Llama's tokenizer in small: BPE with byte fallback, `▁` for a space, `<s>` in front; the image tokens last.
+
+    Words that no text is made of fill it up to `vocab_size`.
+    """
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     words += [chr(code) for code in range(33, 127)]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("i", "s"), ("▁", "is"), ("i", "n"), ("in", "g")]
     words += ["".join(pair) for pair in merges]
+    words += [f"▁word{index}" for index in range(len(words), vocab_size - 2)]
     tokenizer = Tokenizer(
         BPE(
             vocab={word: index for index, word in enumerate(words)},

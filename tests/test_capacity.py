@@ -10,9 +10,8 @@ import torch
 
 from service.capacity import BLOCK_SIZE, DTYPE_BYTES, main, parse_size, plan
 from service.decoder import kv_blocks
-from service.decoder.cross_attention import ImagePages
 from service.decoder.model import Decoder
-from service.decoder.self_kv_cache import SelfKVCache
+from service.decoder.page_pool import PagePool, PageShape
 from service.decoder.settings import DTYPES
 from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
 from service.families.parts import (
@@ -88,9 +87,9 @@ def test_parameters_are_those_of_the_real_decoder(config):
 def test_bytes_are_those_of_the_real_caches(config, dtype):
     capacity = plan(config, dtype, memory_bytes=10**9, reserve=0.0)
     device = torch.device("meta")
-    tokens = SelfKVCache(config, 7, device, DTYPES[dtype])
+    tokens = PagePool(PageShape.of_text(config), 7, device, DTYPES[dtype])
     assert capacity.token_bytes * 7 * BLOCK_SIZE == tokens.k.nbytes + tokens.v.nbytes
-    pictures = ImagePages(config.cross_attention, 11, device, DTYPES[dtype])
+    pictures = PagePool(PageShape.of_images(config.cross_attention), 11, device, DTYPES[dtype])
     assert capacity.picture_bytes * 11 == pictures.k.nbytes + pictures.v.nbytes
 
 

@@ -51,9 +51,10 @@ def tracing() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The stubs inherit it. Two stages share the cores, so a thread that waits must not spin."""
+    """The stubs inherit it. Two stages share the cores, so a thread that waits must not spin for long."""
     threads = os.environ.get("CROSSGATE_NUM_THREADS") or str(num_cores())
-    return {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    spinning = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+    return {"OMP_NUM_THREADS": threads, **spinning, **os.environ}
 
 
 def num_cores() -> int:

@@ -7,27 +7,29 @@ Not thread-safe: one thread owns it (`loop.EngineLoop`). Knows nothing of Triton
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from service.checkpoint import load_weights
 from service.contract import FinishReason, TokenEvent, ValidRequest
-from service.decoder.cross_attention import ImagePages
-from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.image_pages import ImagePages
 from service.decoder.kv_blocks import KVBlocks
 from service.decoder.model import Decoder
+from service.decoder.page_pool import PagePool, PageShape
 from service.decoder.runner import Runner
 from service.decoder.scheduler import Chunk, Scheduler, Step
-from service.decoder.self_kv_cache import SelfKVCache
 from service.decoder.sequence import Sequence
 from service.decoder.settings import DTYPES, DecoderSettings
-from service.errors import CrossgateError, ImageNotResident, Internal, InvalidRequest
-from service.families.family import Family
+from service.errors import CrossgateError, ImageNotResident, Internal, InvalidRequest, TooLarge
+from service.families.family import DecoderConfig, Family
 from service.isolation import Pulse, run_apart
+from service.packed import pack_linears, packed_linear
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +62,17 @@ class Engine:
         self.family = family
         self.scheduler = Scheduler(
             KVBlocks(num_blocks),
-            ImageKVCache(num_pages),
+            ImagePages(num_pages),
             settings.max_running,
             settings.max_waiting,
             settings.max_step_tokens,
+            fill_tokens=_fill_tokens(config),
         )
         self.runner = Runner(
             model,
-            SelfKVCache(config, num_blocks, device, dtype),
-            ImagePages(config.cross_attention, num_pages, device, dtype),
+            PagePool(PageShape.of_text(config), num_blocks, device, dtype),
+            PagePool(PageShape.of_images(config.cross_attention), num_pages, device, dtype),
         )
-        self._page_bytes = ImagePages.page_bytes(config.cross_attention, dtype)
         self._sequences: dict[int, Sequence] = {}
         self._steps = 0
         self._pulse = Pulse(self._probe)
@@ -81,6 +83,9 @@ class Engine:
         with torch.device("meta"):
             model = Decoder(family.decoder)
         load_weights(model, family.folder, family.decoder_weight, settings.device, DTYPES[settings.dtype])
+        pack_linears(model)
+        if model.lm_head is None:  # the embedding stays as it is, for lookups
+            model.lm_head = packed_linear(model.embed_tokens.weight[: family.decoder.num_logits])
         return cls(family, model.eval(), settings)
 
     def add(
@@ -90,7 +95,8 @@ class Engine:
         latents: Tensor | None = None,
         latent_index: list[int] = [],  # noqa: B006
     ) -> None:
-        """Queue a request. `latents` [S, R, E] are those of pictures `latent_index` among the request's.
+        """Queue a request. `latents` [S, R, E]: row s is of picture `latent_index[s]`, one page; a picture's rows stand
+        together, in the order of its tiles.
 
         Raises InvalidRequest, TooLarge, Overloaded, or ImageNotResident if a picture is neither sent nor resident.
         """
@@ -144,7 +150,7 @@ class Engine:
             kv_blocks_total=scheduler.blocks.num_blocks,
             image_pages_used=scheduler.images.num_held,
             image_pages_total=scheduler.images.num_pages,
-            image_kv_bytes=scheduler.images.num_resident * self._page_bytes,
+            image_kv_bytes=scheduler.images.num_resident * self.runner.image_kv.page_bytes,
             image_queries=scheduler.num_image_queries,
             image_hits=scheduler.num_image_hits,
             prefix_queries=scheduler.num_prefix_queries,
@@ -168,9 +174,8 @@ class Engine:
     def _advance(self, chunk: Chunk, token_id: int) -> Delivery | None:
         """Count a chunk, append its sequence's new token; tell its request, and end it if this was its last."""
         sequence, now_s = chunk.sequence, time.monotonic()
-        samples = chunk.samples
         self.scheduler.computed(chunk)
-        if not samples:
+        if not chunk.samples:
             return None
         sequence.append(token_id)
         sequence.first_token_s = sequence.first_token_s or now_s
@@ -201,7 +206,7 @@ class Engine:
         sequence = Sequence(nobody, ValidRequest((0,)), {}, self.family.see, time.monotonic(), 0)
         sequence.block_table = self.scheduler.blocks.allocate(1)
         try:
-            return self.runner.run(Step([Chunk(sequence, 0, 1)])) != [None]
+            return self.runner.run(Step([Chunk.next(sequence, 1)])) != [None]
         finally:
             self.scheduler.blocks.release(sequence.block_table)
 
@@ -232,11 +237,22 @@ class Engine:
         num_latents, width = config.cross_attention.num_latents, config.cross_attention.vision_width
         if tuple(latents.shape) != (len(latent_index), num_latents, width):
             raise InvalidRequest(f"latents must be [len(latent_index), {num_latents}, {width}].", param="latents")
-        if len(latent_index) > len(request.image_keys):
-            raise InvalidRequest("latents must be of pictures of the request, each once.", param="latents")
+        num_pages = self.scheduler.images.num_pages
+        if len(latent_index) > num_pages:
+            raise TooLarge(f"latents have {len(latent_index)} rows; the cache holds {num_pages}.", param="latents")
         if not all(0 <= index < len(request.image_keys) for index in latent_index):
             raise InvalidRequest("latent_index must name pictures of the request.", param="latent_index")
         latents = latents.to(self.runner.dtype)
         if not latents.isfinite().all():
             raise InvalidRequest("latents must be finite numbers, as the decoder computes with them.", param="latents")
-        return {request.image_keys[index]: latents[row] for row, index in enumerate(latent_index)}
+        runs = [(request.image_keys[index], len(list(rows))) for index, rows in groupby(latent_index)]
+        if len(dict(runs)) < len(runs):
+            raise InvalidRequest("latents must hold each picture once, its rows together.", param="latent_index")
+        return dict(zip(dict(runs), latents.split([count for _, count in runs]), strict=True))
+
+
+def _fill_tokens(config: DecoderConfig) -> int:
+    """What filling a page costs, in tokens of a step's budget: by the weights that either is multiplied with."""
+    cross = config.cross_attention
+    num_products = PageShape.of_images(cross).num_values * cross.vision_width  # each K and V from E numbers
+    return math.ceil(num_products / config.num_parameters)

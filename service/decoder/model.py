@@ -46,7 +46,9 @@ class Decoder(nn.Module):
             {str(index): GatedCrossAttentionBlock(config.width, cross, index) for index in cross.layers}
         )
         self.norm = make_norm(config.norm, config.width)
-        self.lm_head = None if config.tied_head else nn.Linear(config.width, config.num_logits, bias=False)
+        self.lm_head: nn.Module | None = None
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.width, config.num_logits, bias=False)
         self.rotary = RotaryPositions(config.rotary)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
+from service.decoder.attention import attend
 from service.decoder.batch import Batch, make_batch
-from service.decoder.cross_attention import ImagePages
 from service.decoder.model import Decoder
+from service.decoder.page_pool import PagePool
 from service.decoder.sampler import sample
-from service.decoder.scheduler import Step
-from service.decoder.self_kv_cache import SelfKVCache
+from service.decoder.scheduler import Chunk, Step
 
 
 class Runner:
-    def __init__(self, model: Decoder, self_kv: SelfKVCache, image_pages: ImagePages) -> None:
-        self.model, self.self_kv, self.image_pages = model, self_kv, image_pages
+    def __init__(self, model: Decoder, self_kv: PagePool, image_kv: PagePool) -> None:
+        self.model, self.self_kv, self.image_kv = model, self_kv, image_kv
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
 
@@ -29,19 +31,22 @@ class Runner:
         broken_pages = self._fill(step)
         if not step.chunks:
             return []
-        batch = make_batch(step.chunks, self.device)
-        self.self_kv.clear(batch)
+        batch = self.batch(step.chunks)
+        self.self_kv.clear(batch.unwritten)
         logits = self.logits(batch)
         tokens = sample(logits, [chunk.sequence for chunk in step.chunks])
         finite = logits.sum(dim=-1).isfinite().tolist()
         return [
-            token if fine and broken_pages.isdisjoint(chunk.sequence.image_pages.values()) else None
+            token if fine and broken_pages.isdisjoint(chain(*chunk.sequence.image_pages.values())) else None
             for chunk, token, fine in zip(step.chunks, tokens, finite, strict=True)
         ]
 
+    def batch(self, chunks: list[Chunk]) -> Batch:
+        return make_batch(chunks, self.image_kv.page_size, self.device)
+
     def logits(self, batch: Batch) -> Tensor:
         """Fp32 logits [B, V] of the rows that a batch wants."""
-        attention = PagedAttention(self.self_kv, self.image_pages, batch)
+        attention = PagedAttention(self.self_kv, self.image_kv, batch, self.model.config.cross_attention.layers)
         hidden = self.model(batch.input_ids, batch.positions, attention)
         return self.model.logits(hidden[batch.logits_rows])
 
@@ -49,22 +54,23 @@ class Runner:
         """Put a step's new pictures onto their pages; returns the pages whose K or V is not finite."""
         if not step.image_fills:
             return set()
-        pages = [page for page, _ in step.image_fills]
-        latents = torch.stack([latents for _, latents in step.image_fills])  # (T, R, E)
-        finite = self.image_pages.fill(pages, *self.model.project_image(latents.to(self.device, self.dtype)))
+        pages = [page for of_one, _ in step.image_fills for page in of_one]
+        latents = torch.cat([latents for _, latents in step.image_fills])  # (pages, R, E)
+        finite = self.image_kv.fill(pages, *self.model.project_image(latents.to(self.device, self.dtype)))
         return {page for page, fine in zip(pages, finite, strict=True) if not fine}
 
 
 class PagedAttention:
-    """The model's `Attention`, over the two caches, for one batch."""
+    """The model's `Attention` for one batch: `attend` over two pools. `image_layers`: those with a gated block."""
 
-    def __init__(self, self_kv: SelfKVCache, image_pages: ImagePages, batch: Batch) -> None:
-        self.self_kv, self.image_pages, self.batch = self_kv, image_pages, batch
-        self.sees = batch.sees
-        self.any_sees = bool(batch.sight_groups)
+    def __init__(self, self_kv: PagePool, image_kv: PagePool, batch: Batch, image_layers: tuple[int, ...]) -> None:
+        self.self_kv, self.image_kv, self.batch, self.image_layers = self_kv, image_kv, batch, image_layers
+        self.sees, self.any_sees = batch.sees, batch.any_sees
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.self_kv.attend(layer, q, k, v, self.batch)
+        self.self_kv.store(layer, self.batch.slots, k, v)
+        return attend(q, self.self_kv.k[layer], self.self_kv.v[layer], self.batch.text).flatten(1)
 
     def cross_attention(self, layer: int, q: Tensor) -> Tensor:
-        return self.image_pages.attend(layer, q, self.batch)
+        index = self.image_layers.index(layer)
+        return attend(q, self.image_kv.k[index], self.image_kv.v[index], self.batch.images).flatten(1)

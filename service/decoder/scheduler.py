@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.decoder.image_kv_cache import ImageKVCache
+from service.decoder.image_pages import ImagePages, Pages
 from service.decoder.kv_blocks import BLOCK_SIZE, KVBlocks
 from service.decoder.sequence import Sequence
 from service.errors import Overloaded, TooLarge
@@ -32,37 +32,40 @@ class Chunk:
     sequence: Sequence
     start: int
     count: int
+    samples: bool  # whether a token is drawn from them
 
-    @property
-    def samples(self) -> bool:
-        return self.start + self.count == len(self.sequence.token_ids)
+    @classmethod
+    def next(cls, sequence: Sequence, count: int) -> Chunk:
+        """The first `count` tokens of a sequence that are not computed yet."""
+        return cls(sequence, sequence.num_computed, count, samples=count == sequence.num_uncomputed)
 
 
 @dataclass
 class Step:
     chunks: list[Chunk] = field(default_factory=list)
-    image_fills: list[tuple[int, Any]] = field(default_factory=list)  # page, latents: before the chunks are computed
+    image_fills: list[tuple[Pages, Any]] = field(default_factory=list)  # with latents; before chunks are computed
     lost_images: list[tuple[Sequence, tuple[str, ...]]] = field(default_factory=list)  # evicted while waiting
 
     def only(self, chunks: list[Chunk]) -> Step:
         """These chunks of it, with what they need."""
-        pages = {page for chunk in chunks for page in chunk.sequence.image_pages.values()}
-        return Step(chunks, [(page, latents) for page, latents in self.image_fills if page in pages])
+        seen = {pages for chunk in chunks for pages in chunk.sequence.image_pages.values()}
+        return Step(chunks, [(pages, latents) for pages, latents in self.image_fills if pages in seen])
 
 
 class Scheduler:
     def __init__(
         self,
         blocks: KVBlocks,
-        images: ImageKVCache,
+        images: ImagePages,
         max_running: int,
         max_waiting: int,
         max_step_tokens: int,
         max_overtaken: int = 64,
+        fill_tokens: int = 1,  # what it costs of the budget to fill a page
     ) -> None:
         self.blocks, self.images = blocks, images
         self.max_running, self.max_waiting, self.max_step_tokens = max_running, max_waiting, max_step_tokens
-        self.max_overtaken = max_overtaken
+        self.max_overtaken, self.fill_tokens = max_overtaken, fill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -78,10 +81,12 @@ class Scheduler:
                 f"{self.blocks.num_blocks * BLOCK_SIZE}.",
                 param="max_tokens",
             )
-        if len(sequence.distinct_keys) > self.images.num_pages:
+        num_pages = sum(
+            self.images.num_pages_of(key) or len(sequence.latents.get(key, ())) for key in sequence.distinct_keys
+        )
+        if num_pages > self.images.num_pages:
             raise TooLarge(
-                f"{len(sequence.distinct_keys)} pictures; the picture cache holds {self.images.num_pages}.",
-                param="images",
+                f"the pictures take {num_pages} pages; the picture cache holds {self.images.num_pages}.", param="images"
             )
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded("The decoder's queue is full; try again later.", retry_after_s=1)
@@ -131,7 +136,7 @@ class Scheduler:
                 continue  # preempted for an older one in this very step
             count = min(sequence.num_uncomputed, budget)
             if self._grow(sequence, count, step):
-                step.chunks.append(Chunk(sequence, sequence.num_computed, count))
+                step.chunks.append(Chunk.next(sequence, count))
                 budget -= count
         return budget
 
@@ -139,8 +144,9 @@ class Scheduler:
         """Chunks of newcomers, in their order but for those without a place that are passed."""
         passed: list[Sequence] = []
         for sequence in tuple(self.waiting):
-            if budget == 0 or len(self.running) == self.max_running or self.blocks.num_free == 0:
+            if budget <= 0 or len(self.running) == self.max_running or self.blocks.num_free == 0:
                 break
+            num_fills = len(step.image_fills)
             count = self._admit(sequence, budget, step)
             if count is None:
                 passed.append(sequence)
@@ -151,8 +157,8 @@ class Scheduler:
             if count == 0:
                 continue
             self.running.append(sequence)
-            step.chunks.append(Chunk(sequence, sequence.num_computed, count))
-            budget -= count
+            step.chunks.append(Chunk.next(sequence, count))
+            budget -= count + self.fill_tokens * sum(len(pages) for pages, _ in step.image_fills[num_fills:])
             for other in passed:
                 other.num_overtaken += 1
             if not all(map(self._may_be_overtaken, passed)):
@@ -184,19 +190,26 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int, step: Step) -> int | None:
         """Give one of the waiting what it needs to start; returns how many tokens to compute.
 
-        None: not yet, and nothing was taken. 0: never, its pictures were evicted while it waited.
+        None: not yet, and nothing was taken. 0: never, its pictures were evicted while it waited. The first in a step
+        that has pictures to fill gets them whatever they cost, and one token at least.
         """
-        missing = [key for key in sequence.distinct_keys if not self.images.has_page(key)]
+        missing = [key for key in sequence.distinct_keys if not self.images.has_pages(key)]
         lost = tuple(key for key in missing if key not in sequence.latents)
+        num_fills = sum(len(sequence.latents.get(key, ())) for key in missing)
+        if num_fills + self.images.num_pages_of(*sequence.distinct_keys) > self.images.num_pages:
+            lost = sequence.distinct_keys  # under one of its keys lies what has more pages than came with it
         if lost:
             step.lost_images.append((sequence, lost))
             return 0
-        if len(missing) > self.images.num_insertable(set(sequence.distinct_keys)):
+        if num_fills > self.images.num_insertable(set(sequence.distinct_keys)):
+            return None
+        fill_cost = num_fills * self.fill_tokens
+        if fill_cost > 0 and fill_cost >= budget and step.image_fills:
             return None
         num_reusable = (len(sequence.token_ids) - 1) // BLOCK_SIZE  # the last token is always computed: its logits
         cached = self.blocks.lookup(sequence.block_hashes(num_reusable))
         num_cached = len(cached) * BLOCK_SIZE
-        count = min(len(sequence.token_ids) - num_cached, budget)
+        count = min(len(sequence.token_ids) - num_cached, max(budget - fill_cost, 1))
         needed = num_blocks(num_cached + count) - len(cached)
         if needed > self.blocks.num_allocatable(cached):
             return None
@@ -218,9 +231,9 @@ class Scheduler:
         for key in present:  # before any insert, which might evict them
             sequence.image_pages[key] = self.images.hold(key)
         for key in missing:
-            page = self.images.insert(key)
-            sequence.image_pages[key] = page
-            step.image_fills.append((page, sequence.latents[key]))
+            latents = sequence.latents[key]
+            sequence.image_pages[key] = self.images.insert(key, len(latents))
+            step.image_fills.append((sequence.image_pages[key], latents))
         sequence.latents = {}
         sequence.num_cached_images = len(present)
         self.num_image_queries += len(sequence.distinct_keys)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
 from service.contract import SamplingParams, Timings, Usage, ValidRequest
@@ -13,7 +14,7 @@ See = Callable[[Sight, int | None, int | None], Sight]
 
 
 class Sequence:
-    """`latents[key]`: what its pictures look like, for those sent along; dropped once they are on pages.
+    """`latents[key]`: what its pictures look like, for those sent along, one row a page; dropped once on pages.
 
     Every token at an index below `num_computed` has its self-K/V in `block_table`. A sequence is decoding when just
     its newest token is not computed yet. `stop_token_ids`: those that end it, EOS included.
@@ -37,7 +38,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.input_ids)
         self.image_keys = request.image_keys
         self.latents = latents
-        self.image_pages: dict[str, int] = {}  # held pages by key; empty until admitted
+        self.image_pages: dict[str, tuple[int, ...]] = {}  # held pages by key; empty until admitted
         self.block_table: list[int] = []
         self.num_computed = 0
         self.num_published = 0  # blocks of the table that others can find
@@ -71,8 +72,14 @@ class Sequence:
         self.unsent.append(token_id)
 
     def pages(self, position: int) -> tuple[int, ...]:
-        """The pages that the token at `position` sees; () if it sees no picture."""
-        return tuple(self.image_pages[self.image_keys[ordinal]] for ordinal in self._sights[position])
+        """All pages of all pictures that the token at `position` sees; () if it sees none."""
+        return tuple(page for ordinal in self._sights[position] for page in self.image_pages[self.image_keys[ordinal]])
+
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The tokens [start, end) cut where the sight changes: how many, and the pages that they see."""
+        for _, positions in groupby(range(start, end), key=self._sights.__getitem__):
+            first, *others = positions
+            yield 1 + len(others), self.pages(first)
 
     def block_hashes(self, count: int) -> list[bytes]:
         """Chained hashes of the first `count` blocks, which must be full."""

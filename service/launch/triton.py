@@ -27,6 +27,9 @@ SERVER = WHEEL / "pytriton" / "tritonserver"
 SHM_PREFIX = "crossgate"
 EXIT_TIMEOUT_S = 5
 LOAD_TIMEOUT_S = 600  # of a model: gigabytes of weights from a slow disk
+# How often OpenMP's threads look for the next parallel region before they sleep: they stay awake from layer to layer,
+# and leave the cores to the other stage between steps. Without looking each layer would wait for threads to wake.
+SPIN_COUNT = 20_000
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def triton_environment(
     """The environment of tritonserver and of its stubs, which inherit it."""
     libraries = [str(WHEEL / "nvidia_pytriton.libs"), *_libpython_folder(), environment.get("LD_LIBRARY_PATH", "")]
     return {
+        "GOMP_SPINCOUNT": str(SPIN_COUNT),
         **environment,
         "PATH": f"{Path(sys.prefix) / 'bin'}:{environment.get('PATH', os.defpath)}",
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
@@ -77,7 +81,7 @@ def triton_environment(
         "MODEL_PATH": str(model_path),
         "DEVICE": device,
         "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # the two stages share the cores: a waiting thread must not spin
+        "OMP_WAIT_POLICY": "PASSIVE",  # the two stages share the cores: a waiting thread must not spin for long
     }
 
 

@@ -12,6 +12,7 @@ from service.checkpoint import load_weights
 from service.errors import CrossgateError, Internal, InvalidRequest
 from service.families.family import EfficientNetConfig, EncoderConfig, Family, VisionConfig, VitConfig
 from service.isolation import Pulse, run_apart
+from service.packed import pack_linears
 from service.vision.efficientnet import EfficientNetLite
 from service.vision.resampler import PerceiverResampler
 from service.vision.vit import VisionTransformer
@@ -43,6 +44,7 @@ class VisionStage:
         with torch.device("meta"):
             model = VisionModel(family.vision)
         load_weights(model, family.folder, family.vision_weight, device, self.dtype)
+        pack_linears(model)
         self.model = model.eval()
         self.latents_dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self._mean = torch.tensor(encoder.mean, device=self.device)[:, None, None]

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from service.contract import SamplingParams, TokenEvent, ValidRequest
-from service.decoder.batch import make_batch
 from service.decoder.engine import Engine
 from service.errors import CrossgateError
 from service.families import Family
@@ -49,7 +48,7 @@ def prompt_logits(engine: Engine, request: ValidRequest, stage: VisionStage, pic
     add(engine, 10**6, request, stage, pictures)
     step = engine.scheduler.schedule()
     engine.runner.run(step)
-    batch = make_batch(step.chunks, engine.runner.device)
+    batch = engine.runner.batch(step.chunks)
     with torch.inference_mode():
         logits = engine.runner.logits(replace(batch, logits_rows=torch.arange(len(batch.input_ids))))
     engine.cancel(10**6)

@@ -13,7 +13,7 @@ class FaultyRunner(Runner):
     """Computes as the engine's own does, and then raises where `fault` returns an exception for the step."""
 
     def __init__(self, runner: Runner, fault: Callable[[Step], BaseException | None]) -> None:
-        super().__init__(runner.model, runner.self_kv, runner.image_pages)
+        super().__init__(runner.model, runner.self_kv, runner.image_kv)
         self.fault = fault
         self.steps: list[Step] = []
 

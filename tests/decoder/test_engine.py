@@ -12,7 +12,7 @@ import torch
 from service.contract import FinishReason, SamplingParams, ValidRequest
 from service.decoder.engine import Engine
 from service.decoder.settings import DecoderSettings
-from service.errors import CrossgateError, ImageNotResident, InvalidRequest
+from service.errors import CrossgateError, ImageNotResident, InvalidRequest, TooLarge
 from service.families import Family, load_family
 from service.vision.stage import VisionStage
 from tests.checkpoints import make_idefics
@@ -229,6 +229,66 @@ def test_what_the_contract_forbids_is_refused(world: World, changes: dict, param
     with pytest.raises(InvalidRequest) as caught:
         world.engine().add(0, dataclasses.replace(request, **changes))
     assert caught.value.param == param
+
+
+def tiled(world: World, index: int, num_tiles: int) -> tuple[ValidRequest, torch.Tensor]:
+    """A request whose one picture has several tiles, each with latents of its own."""
+    request, pictures = world.requests[index]
+    rng = np.random.default_rng(index)
+    others = rng.integers(0, 256, (num_tiles - 1, 3, 28, 28), dtype=np.uint8)
+    latents = world.stage.encode(torch.from_numpy(np.concatenate([pictures, others])))
+    return dataclasses.replace(request, image_keys=(f"{num_tiles:064}",)), latents
+
+
+def test_a_picture_of_equal_tiles_is_what_one_of_them_is(world: World, expected: dict[int, list[int]]) -> None:
+    """A softmax over everything twice is the softmax over it once."""
+    request, latents = tiled(world, 1, 1)
+    for num_tiles in (1, 2, 4):
+        engine = world.engine()
+        engine.add(0, request, latents.expand(num_tiles, -1, -1), [0] * num_tiles)
+        engine.step()
+        assert engine.stats().image_pages_used == num_tiles
+        assert engine.stats().image_kv_bytes == num_tiles * engine.runner.image_kv.page_bytes
+        engine.cancel(0)
+        engine.add(0, request)
+        assert tokens(drain(engine)[0]) == expected[1]
+
+
+def test_pictures_of_many_sizes_in_a_batch_do_not_change_greedy_tokens(
+    world: World, expected: dict[int, list[int]]
+) -> None:
+    alone = {}
+    requests = {100 + index: tiled(world, index, 1 + number % 4) for number, index in enumerate((1, 5, 9, 13))}
+    for request_id, (request, latents) in requests.items():
+        engine = world.engine()
+        engine.add(request_id, request, latents, [0] * len(latents))
+        alone[request_id] = tokens(drain(engine)[request_id])
+    assert alone[105] != expected[5], "the second tile is seen"
+    for settings in (ROOMY, dataclasses.replace(ROOMY, image_pages=5, max_step_tokens=17)):
+        engine = world.engine(settings)
+        for index in expected:
+            world.add(engine, index)
+        for request_id, (request, latents) in requests.items():
+            engine.add(request_id, request, latents, [0] * len(latents))
+        assert {index: tokens(events) for index, events in drain(engine).items()} == expected | alone
+        assert_all_free(engine)
+
+
+@pytest.mark.parametrize("latent_index", [[0, 1, 0], [1, 0, 1]])
+def test_a_pictures_tiles_stand_together(world: World, latent_index: list[int]) -> None:
+    request, pictures = world.requests[2]
+    latents = world.stage.encode(torch.from_numpy(pictures))[[0, 1, 0]]
+    with pytest.raises(InvalidRequest) as caught:
+        world.engine().add(0, request, latents, latent_index)
+    assert caught.value.param == "latent_index"
+
+
+def test_pictures_of_more_pages_than_there_are_are_too_large(world: World) -> None:
+    request, latents = tiled(world, 1, 4)
+    engine = world.engine(dataclasses.replace(ROOMY, image_pages=3))
+    with pytest.raises(TooLarge):
+        engine.add(0, request, latents, [0] * 4)
+    assert not engine.has_work
 
 
 def test_latents_of_another_shape_are_refused(world: World) -> None:

@@ -246,7 +246,7 @@ def test_after_a_failed_step_the_next_request_is_answered_about_its_own_picture(
             if answer.finish_reason is not None:
                 return got, None
 
-    loop = EngineLoop(engine)
+    loop = EngineLoop(lambda: engine)
     try:
         engine.runner.model.project_image = broken  # type: ignore[method-assign]
         assert isinstance(ask()[1], Internal)
@@ -336,9 +336,9 @@ def test_memory_that_a_request_has_not_written_reaches_no_token(
     world: World, expected: dict[int, list[int]], value: float
 ) -> None:
     engine = world.engine(dataclasses.replace(ROOMY, max_step_tokens=50))
-    for memory in (engine.runner.self_kv.k, engine.runner.self_kv.v, engine.runner.image_pages.k):
+    for memory in (engine.runner.self_kv.k, engine.runner.self_kv.v, engine.runner.image_kv.k):
         memory.fill_(value)
-    engine.runner.image_pages.v.fill_(value)
+    engine.runner.image_kv.v.fill_(value)
     world.add(engine, *INNOCENT)
     got, errors = drain_all(engine)
     assert (got, errors) == (expected, {})

@@ -23,7 +23,7 @@ from service.families import load_family
 from service.vision.stage import VisionStage
 from tests.decoder.drive import add, drain, make_request, prompt_logits, tokens
 
-SETTINGS = DecoderSettings(kv_blocks=64, image_pages=4, max_running=4)
+SETTINGS = DecoderSettings(kv_blocks=64, image_pages=4, max_running=4, max_step_tokens=512)
 PROMPTS = ("What is the capital of France?", "Write one sentence about 12 foxes.", "naïve café — 東京 🦊?")
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import InvalidRequest, Overloaded, Unavailable
-from service.gateway.admission import Admission, Outcome
+from service.errors import Internal, InvalidRequest, Overloaded, Unavailable
+from service.gateway.admission import RETRY_AFTER_S, Admission, Outcome
 
 KEYS = ("alice", "bob", "carol", "dave")
 
@@ -41,7 +41,7 @@ async def test_one_runs_one_waits_the_third_is_turned_away() -> None:
     assert (admission.num_running, admission.num_waiting) == (1, 1)
     with pytest.raises(Overloaded) as caught:
         await hold(admission, gate)
-    assert caught.value.retry_after_s
+    assert caught.value.retry_after_s == RETRY_AFTER_S
     gate.set()
     await asyncio.gather(*tasks)
     assert ended == [(None, Outcome.FINISHED)] * 2
@@ -53,8 +53,9 @@ async def test_who_waits_too_long_is_turned_away() -> None:
     admission, gate = make(ended, wait_s=0.01), asyncio.Event()
     task = asyncio.create_task(hold(admission, gate))
     await asyncio.sleep(0)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded) as caught:
         await hold(admission, gate)
+    assert caught.value.retry_after_s == RETRY_AFTER_S
     gate.set()
     await task
     assert admission.num_running == 0 and ended == [(None, Outcome.FINISHED)]
@@ -65,9 +66,12 @@ async def test_draining_admits_nobody_but_lets_the_waiting_run() -> None:
     admission, gate = make(ended), asyncio.Event()
     tasks = [asyncio.create_task(hold(admission, gate)) for _ in range(2)]
     await asyncio.sleep(0)
+    assert not admission.draining
     admission.drain()
-    with pytest.raises(Unavailable):
+    assert admission.draining
+    with pytest.raises(Unavailable) as caught:
         await hold(admission, gate)
+    assert caught.value.retry_after_s == RETRY_AFTER_S
     gate.set()
     await asyncio.gather(*tasks)
     assert len(ended) == 2
@@ -135,6 +139,99 @@ async def test_a_single_request_of_another_key_may_wait_however_many_wait() -> N
     assert [type(result) for result in results].count(Overloaded) == 1
 
 
+@pytest.mark.parametrize(("places", "most"), [(1, 1), (2, 1), (4, 3), (5, 3), (8, 6), (9, 6), (13, 9), (32, 24)])
+async def test_a_key_starts_another_while_it_has_less_than_three_times_what_would_stay_free(
+    places: int, most: int
+) -> None:
+    admission, gate = make([], running=places, waiting=0, shared=True), asyncio.Event()
+    tasks = [asyncio.create_task(hold(admission, gate, "alice")) for _ in range(places + 1)]
+    await asyncio.sleep(0)
+    assert admission.running_of("alice") == most
+    gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_where_nobody_may_wait_nobody_waits_and_where_one_may_one_does(shared: bool) -> None:
+    for waiting in (0, 1):
+        admission, gate = make([], running=1, waiting=waiting, shared=shared), asyncio.Event()
+        tasks = [asyncio.create_task(hold(admission, gate, key)) for key in ("alice", "alice", "alice")]
+        await asyncio.sleep(0)
+        assert (admission.num_running, admission.num_waiting) == (1, waiting)
+        gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("max_shared", "expected"), [(4, 3), (99, 6)])
+async def test_fewer_places_may_be_shared_than_there_are_and_never_more(max_shared: int, expected: int) -> None:
+    admission = Admission(
+        max_running=8, max_shared=max_shared, max_waiting=9, max_wait_s=9.0, on_end=lambda key, outcome: None
+    )
+    gate = asyncio.Event()
+    tasks = [asyncio.create_task(hold(admission, gate, "alice")) for _ in range(12)]
+    await asyncio.sleep(0)
+    assert admission.num_running == 8, "nobody shares until told to"
+    gate.set()
+    await asyncio.gather(*tasks)
+    admission.share(True)
+    gate.clear()
+    tasks = [asyncio.create_task(hold(admission, gate, "alice")) for _ in range(8)]
+    await asyncio.sleep(0)
+    assert admission.running_of("alice") == expected
+    gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_who_waits_is_let_in_when_places_are_no_longer_shared() -> None:
+    admission, gate = make([], running=4, waiting=8, shared=True), asyncio.Event()
+    tasks = [asyncio.create_task(hold(admission, gate, "alice")) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert (admission.num_running, admission.num_waiting) == (3, 1)
+    admission.share(False)
+    assert (admission.num_running, admission.num_waiting) == (4, 0)
+    gate.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_who_leaves_in_the_moment_in_which_another_gets_the_place_just_leaves() -> None:
+    admission, gate = make([], running=1, waiting=9), asyncio.Event()
+    first, leaver, last = (asyncio.create_task(hold(admission, gate)) for _ in range(3))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    admission.share(False)
+    gate.set()
+    admission.leave(None, Outcome.FINISHED)  # before the leaver has had a turn
+    assert (admission.num_running, admission.num_waiting) == (1, 0)
+    first.cancel()
+    results = await asyncio.gather(first, leaver, last, return_exceptions=True)
+    assert isinstance(results[1], asyncio.CancelledError) and results[2] is None
+
+
+async def test_a_key_that_has_gone_leaves_nothing_behind() -> None:
+    admission, gate = make([], running=1, waiting=9), asyncio.Event()
+    tasks = [asyncio.create_task(hold(admission, gate, key)) for key in (*KEYS, *KEYS)]
+    await asyncio.sleep(0)
+    for task in tasks[2:]:
+        task.cancel()
+    gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert not admission._running and not admission._waiting
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_of_one_key_who_came_first_goes_first(shared: bool) -> None:
+    admission = make([], running=2, waiting=9, shared=shared)
+    order: list[int] = []
+
+    async def one(number: int) -> None:
+        async with admission.slot("alice"):
+            order.append(number)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*map(one, range(5)))
+    assert order == list(range(5))
+
+
 async def test_keys_that_wait_take_turns() -> None:
     admission = make([], running=1, waiting=100, shared=True)
     order: list[str] = []
@@ -176,6 +273,7 @@ async def test_places_are_shared_evenly_though_one_key_s_requests_last_longer() 
         (InvalidRequest("no picture"), Outcome.REFUSED),
         (Overloaded("full"), Outcome.REFUSED),
         (Unavailable("gone"), Outcome.FAILED),
+        (Internal("broken"), Outcome.FAILED),
         (ZeroDivisionError(), Outcome.FAILED),
     ],
 )

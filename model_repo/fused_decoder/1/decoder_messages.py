@@ -32,8 +32,10 @@ def read_request(request: Any, max_positions: int) -> tuple[ValidRequest, torch.
         image_positions=tuple(_integers(request, "image_positions", max_positions)),
         sampling=SamplingParams.from_json(bytes(_integers(request, "sampling", MAX_SAMPLING_BYTES))),
     )
-    num_pictures = len(valid.image_keys)
-    return valid, _tensor(request, "latents", num_pictures), _integers(request, "latent_index", num_pictures)
+    latents = _tensor(
+        request, "latents", max_positions
+    )  # a picture may have several rows; the engine knows how many fit
+    return valid, latents, _integers(request, "latent_index", max_positions)
 
 
 def check_makers(request: Any, *, config: str, checkpoint: str, max_images: int) -> None:
@@ -49,8 +51,7 @@ def check_makers(request: Any, *, config: str, checkpoint: str, max_images: int)
 def send(sender: Any, request_id: str, event: TokenEvent | CrossgateError | None) -> None:
     """Send what the engine delivers; None says that the request was cancelled. FINAL is owed then, too.
 
-    A request's last is a line in the log, under the gateway's id. Never raises: what Triton does not take is logged,
-    since the engine's thread serves others, too.
+    A request's last is a line in the log, under the gateway's id. Never raises: what Triton does not take is logged.
     """
     try:
         _send(sender, event)
@@ -87,7 +88,7 @@ def _tensor(request: Any, name: str, max_length: int) -> torch.Tensor | None:
     tensor = torch.from_dlpack(found.to_dlpack())
     if len(tensor) > max_length:
         raise InvalidRequest(f"{name} has {len(tensor)} entries; at most {max_length} are possible.", param=name)
-    return tensor.clone()
+    return torch.from_numpy(tensor.numpy().copy())  # by numpy: torch would copy a large one with OpenMP, in this thread
 
 
 def _integers(request: Any, name: str, max_length: int) -> list[Any]:

@@ -38,7 +38,7 @@ class DecoderMetrics:
         self._published_at_s = 0.0
 
     def publish(self, stats: Any) -> None:
-        """The engine calls this after each step and when it falls idle; `stats` is its EngineStats."""
+        """The engine's loop has this called after steps and when it falls idle; `stats` is its EngineStats."""
         now_s = time.monotonic()
         if stats.num_running + stats.num_waiting > 0 and now_s - self._published_at_s < PUBLISH_PERIOD_S:
             return

@@ -61,8 +61,8 @@ class TritonPythonModel:
             self.check_makers = partial(
                 check_makers, config=family.config_identity, checkpoint=family.identity, max_images=max_positions
             )
-            engine = Engine.from_family(family, DecoderSettings.from_environment())
-        self.loop = EngineLoop(engine, on_step=DecoderMetrics().publish)
+            make_engine = partial(Engine.from_family, family, DecoderSettings.from_environment())
+            self.loop = EngineLoop(make_engine, on_step=DecoderMetrics().publish)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the engine; its thread answers through the response senders."""

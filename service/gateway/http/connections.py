@@ -22,6 +22,9 @@ MAX_HEADERS = 100
 MAX_PIPELINED = 4  # requests that came before the reply to the one under way
 SLICE_BYTES = 64 << 10  # fed to the parser at a time, between two looks at what it made of them
 UPGRADE = re.compile(rb"\nupgrade(?=:)", re.IGNORECASE)
+STOOD_STILL_S = (
+    1.0  # a timer that fires so late: it was this process that stood still, and what came then is not read yet
+)
 FRAMING_PART = 8  # chunks of some 40 bytes and more frame a body in less than this part of it
 
 
@@ -168,7 +171,12 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._refusal or InvalidRequest("This is no HTTP/1.1 request."))
 
     def timeout_keep_alive_handler(self) -> None:
-        self.drop()
+        if self._stood_still(self.timeout_keep_alive_task):
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            self.drop()
 
     # ours
 
@@ -200,14 +208,27 @@ class Connection(HttpToolsProtocol):
             self._head_timer = None
 
     def _head_is_late(self) -> None:
-        if self._framing_bytes:
+        if self._stood_still(self._head_timer):
+            self._head_timer = None
+            self._mind_head()
+        elif self._framing_bytes:
             self._refuse(RequestTimeout("The head of the request did not come in time."))
         else:
             self.drop()
 
     def _mind_write(self) -> None:
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self.drop)
+            self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self._write_is_late)
+
+    def _write_is_late(self) -> None:
+        if self._stood_still(self._write_timer):
+            self._write_timer = None
+            self._mind_write()
+        else:
+            self.drop()
+
+    def _stood_still(self, timer: asyncio.TimerHandle | None) -> bool:
+        return timer is not None and self.loop.time() - timer.when() > STOOD_STILL_S
 
     def _refuse(self, error: CrossgateError) -> None:
         """Say why, unless a reply is under way, and close."""

@@ -101,6 +101,22 @@ async def test_a_byte_now_and_then_does_not_keep_a_head_open(serve: Connect, kep
         assert 0.4 < time.perf_counter() - start < 10
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["a new connection", "a kept one"])
+async def test_who_asked_while_the_process_stood_still_is_answered(serve: Connect, kept: bool) -> None:
+    async with serve(header_timeout_s=0.5, keep_alive_s=0.5) as client, connection(client) as (reader, writer):
+        connections = client.server.server_state.connections
+        await until(lambda: len(connections) == 1)
+        (protocol,) = connections
+        if kept:
+            writer.write(head("/v1/models", method="GET"))
+            assert status(await reader.readuntil(b"}]}")) == 200
+        protocol.transport.pause_reading()
+        writer.write(head("/v1/models", method="GET"))
+        asyncio.get_running_loop().call_soon(protocol.transport.resume_reading)
+        time.sleep(2.0)  # the timers are due before the loop comes to what has arrived
+        assert status(await reader.readuntil(b"}]}")) == 200
+
+
 async def test_who_leaves_with_requests_in_line_cancels_the_one_that_runs(serve: Connect, backend: FakeBackend) -> None:
     backend.gate = asyncio.Event()
     async with serve() as client:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -23,12 +25,13 @@ class Rig:
     def __init__(self, *, max_calls: int = 4, timeout_s: float = 20.0, cache_bytes: int = 0) -> None:
         self.backend = FakeBackend(script=())
         self.order: list[int] = []
+        self.seconds: list[float] = []  # of each encoding
         self.encoder = PictureEncoder(
             self._encode,
             max_calls=max_calls,
             timeout_s=timeout_s,
             cache_bytes=cache_bytes,
-            on_encoded=lambda seconds: None,
+            on_encoded=self.seconds.append,
         )
 
     async def _encode(self, picture: np.ndarray) -> Latents:
@@ -137,6 +140,7 @@ async def test_an_encoder_that_says_nothing_is_a_timeout_for_all_who_want_the_pi
     rig.hold()
     results = await asyncio.gather(rig.ask(KEYS[0]), rig.ask(*KEYS[:3]), return_exceptions=True)
     assert [type(result) for result in results] == [StageTimeout, StageTimeout]
+    assert all(isinstance(result.__cause__, TimeoutError) for result in results)
     await asyncio.sleep(0.05)
     rig.assert_nothing_left()
 
@@ -169,3 +173,128 @@ async def test_what_is_forgotten_is_encoded_again() -> None:
     await rig.ask(*KEYS[:2])
     await rig.ask(*KEYS[:2])
     assert rig.backend.num_encoded == 4
+
+
+async def test_a_cache_of_one_picture_keeps_one() -> None:
+    rig = Rig(cache_bytes=4 * 8 * 4)
+    for key in (KEYS[0], KEYS[0], KEYS[1], KEYS[1], KEYS[0]):
+        await rig.ask(key)
+    assert rig.order == [0, 1, 0]
+
+
+async def test_a_picture_larger_than_the_cache_takes_nothing_out_of_it() -> None:
+    rig = Rig(cache_bytes=4 * 8 * 4)
+    await rig.ask(KEYS[0])
+    small, rig.backend.encode = rig.backend.encode, large_latents  # type: ignore[method-assign]
+    for _ in range(2):
+        assert (await rig.ask(KEYS[1]))[KEYS[1]].values.shape == (5, 8)
+    rig.backend.encode = small  # type: ignore[method-assign]
+    await rig.ask(KEYS[0])
+    assert rig.order == [0, 1, 1]
+
+
+async def large_latents(picture: np.ndarray) -> Latents:
+    return Latents(np.zeros((5, 8), np.float32), bytes(32))
+
+
+async def test_the_seconds_of_each_encoding_are_told() -> None:
+    rig = Rig(cache_bytes=1 << 20)
+    rig.backend.encode_s = 0.02
+    await rig.ask(*KEYS[:2])
+    await rig.ask(*KEYS[:2])
+    assert len(rig.seconds) == 2 and all(0.02 <= seconds < 10 for seconds in rig.seconds)
+    rig.backend.encode_failure = Unavailable("gone")
+    with pytest.raises(Unavailable):
+        await rig.ask(KEYS[2])
+    assert len(rig.seconds) == 2
+
+
+async def test_a_failure_that_nobody_waits_for_is_no_news() -> None:
+    """Several pictures of a request fail, and it ends with the first; asyncio would log the others."""
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    rig = Rig(max_calls=4)
+    rig.backend.encode_failure = Unavailable("gone")
+    with pytest.raises(Unavailable):
+        await rig.ask(*KEYS[:4])
+    await asyncio.sleep(0.01)
+    del rig
+    gc.collect()
+    assert complaints == []
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_a_failure_in_the_moment_in_which_the_last_one_leaves_is_no_news(num_turns: int) -> None:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    rig = Rig()
+
+    async def fail_while_leaving(picture: np.ndarray) -> Latents:
+        leavers[0].cancel()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        raise Unavailable("gone")
+
+    rig.backend.encode = fail_while_leaving  # type: ignore[method-assign]
+    leavers = [rig.ask(KEYS[0])]
+    await asyncio.gather(*leavers, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    rig.assert_nothing_left()
+    leavers.clear()
+    gc.collect()
+    assert complaints == []
+
+
+async def test_an_encoding_that_cannot_be_stopped_ends_quietly_and_is_kept() -> None:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    rig = Rig(cache_bytes=1 << 20)
+    gate = asyncio.Event()
+
+    async def stubborn(picture: np.ndarray) -> Latents:
+        with suppress(asyncio.CancelledError):
+            await gate.wait()
+        return Latents(np.zeros((4, 8), np.float32), bytes(32))
+
+    rig.backend.encode = stubborn  # type: ignore[method-assign]
+    leaver = rig.ask(KEYS[0])
+    await asyncio.sleep(0.01)
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    assert (await rig.ask(KEYS[0]))[KEYS[0]].values.shape == (4, 8)
+    assert rig.order == [0]
+    rig.assert_nothing_left()
+    del leaver
+    gc.collect()
+    assert complaints == []
+
+
+async def test_an_encoding_that_lands_late_takes_nothing_from_the_one_that_came_after_it() -> None:
+    rig = Rig()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def stubborn(picture: np.ndarray) -> Latents:
+        if len(rig.order) == 1:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            await first.wait()
+        else:
+            await second.wait()
+        return Latents(np.zeros((4, 8), np.float32), bytes(32))
+
+    rig.backend.encode = stubborn  # type: ignore[method-assign]
+    leaver = rig.ask(KEYS[0])
+    await asyncio.sleep(0.01)
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    again = rig.ask(KEYS[0])
+    await asyncio.sleep(0.01)
+    first.set()
+    await asyncio.sleep(0.01)
+    another = rig.ask(KEYS[0])
+    await asyncio.sleep(0.01)
+    assert rig.order == [0, 0], "the other joins the second one"
+    second.set()
+    assert (await again).keys() == (await another).keys() == {KEYS[0]}
+    rig.assert_nothing_left()

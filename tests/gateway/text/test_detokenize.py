@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from service.gateway.text.detokenize import MAX_WINDOW, Detokenizer, Vocabulary
-from service.gateway.text.stop_strings import StopStrings
 from tests.gateway.checkpoints import byte_fallback_tokenizer, byte_level_tokenizer
 
 TOKENIZERS = {"byte level": byte_level_tokenizer(), "byte fallback": byte_fallback_tokenizer()}
@@ -149,50 +148,3 @@ def test_the_window_stays_short() -> None:
     for token in ids:
         detokenizer.push([token])
         assert len(detokenizer._window) <= MAX_WINDOW
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    text=st.text(alphabet="ab", max_size=40) | st.text(alphabet="abX ", max_size=40),
-    stops=st.lists(st.text(alphabet="ab", min_size=3, max_size=7) | st.text(alphabet="abX", min_size=1), max_size=3),
-    cuts=cuts,
-)
-@example(text="aaab", stops=["aab"], cuts=[1])  # after a third letter, two of them may still be its beginning
-def test_stop_strings_cut_however_the_text_comes(text: str, stops: list[str], cuts: list[int]) -> None:
-    matcher = StopStrings(tuple(stops))
-    sent, stopped, start, turn = "", False, 0, 0
-    while start < len(text) and not stopped:
-        end = start + cuts[turn % len(cuts)]
-        piece, stopped = matcher.push(text[start:end])
-        sent += piece
-        start, turn = end, turn + 1
-    if not stopped:
-        sent += matcher.flush()
-    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    assert (sent, stopped) == ((text[: min(ends)[1]], True) if ends else (text, False))
-
-
-def test_a_stop_string_costs_the_same_wherever_it_nearly_matches() -> None:
-    """The worst for a search from the end: each beginning of the stop string is nearly the end of the text."""
-    hostile, harmless = ("a" * 255 + "b", "ab" * 128, "ba" * 128, "aab" * 85), ("\n\n", "User:", "</x>", "STOP")
-
-    def seconds(stops: tuple[str, ...], text: str) -> float:
-        runs = []
-        for _ in range(3):
-            matcher = StopStrings(stops)
-            start = time.process_time()
-            for _ in range(2000):
-                matcher.push(text)
-            runs.append(time.process_time() - start)
-        return min(runs)
-
-    assert seconds(hostile, "aaaa") < 4 * seconds(harmless, " cat") + 0.02
-
-
-def test_stop_strings_find_their_way_through_one_long_text() -> None:
-    matcher = StopStrings(("a" * 255 + "b", "aab" * 85))
-    start = time.process_time()
-    sent, stopped = matcher.push("a" * 1_000_000)
-    assert (len(sent), stopped) == (1_000_000 - 255, False)
-    assert matcher.push("bc") == ("", True)
-    assert time.process_time() - start < 1

@@ -1,0 +1,159 @@
+"""One attention for everything: spans of query rows over lists of pages.
+
+A chunk of text is a causal span over its sequence's blocks, a run of tokens with one sight a span over pictures' pages;
+a decode row is a span of one. The PyTorch version: reference, CPU, and any GPU. What depends on a step alone (which
+spans share a gather or a call, indices, masks) is a `Plan`, made once and used by every layer.
+Source: PagedAttention (arXiv 2309.06180) §4; GQA (arXiv 2305.13245); Flamingo (arXiv 2204.14198) §2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Rows [starts[s], starts[s+1]) of a step see the first `used[s]` positions of the pages `table[s]`.
+
+    Every row belongs to one span. Causal: the last row of a span sees `used` positions, each row before it one less.
+    `used` 0: the rows see nothing, and come to 0. A table's entries behind the used pages have no meaning.
+    """
+
+    starts: Tensor  # int32 [S+1], from 0 to N
+    table: Tensor  # int32 [S, W]
+    used: Tensor  # int32 [S]
+    causal: bool
+    _plans: dict[tuple[int, torch.dtype], Plan] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, Sequence[int], int]], *, causal: bool, device: torch.device) -> Spans:
+        """From (number of rows, pages, used) of each span, in the order of the rows."""
+        width = max((len(pages) for _, pages, _ in runs), default=0)
+        tensor = partial(torch.tensor, dtype=torch.int32, device=device)
+        return cls(
+            starts=tensor(list(accumulate((num_rows for num_rows, _, _ in runs), initial=0))),
+            table=tensor([[*pages, *[0] * (width - len(pages))] for _, pages, _ in runs]),
+            used=tensor([used for _, _, used in runs]),
+            causal=causal,
+        )
+
+    def plan(self, page_size: int, dtype: torch.dtype) -> Plan:
+        """How `attend` computes them, the same in every layer: made when it is first asked for."""
+        if (page_size, dtype) not in self._plans:
+            self._plans[page_size, dtype] = _make_plan(self, page_size, dtype)
+        return self._plans[page_size, dtype]
+
+
+def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, spans: Spans) -> Tensor:
+    """q [N, H, C], one layer's k_pages and v_pages [pages, page size, K, C] -> [N, H, C].
+
+    What a mask hides is the span's own: padding repeats its last page, and a NaN would go through a mask as 0 times
+    itself. No K or V is copied for query heads that share a KV head.
+    """
+    plan = spans.plan(k_pages.shape[1], q.dtype)
+    if not plan.groups:
+        return torch.zeros_like(q)
+    rows = q if plan.order is None else q.index_select(0, plan.order)
+    parts = zip(rows.split([group.num_rows for group in plan.groups]), plan.groups, strict=True)
+    outs = [_attend_group(of_group, k_pages, v_pages, group) for of_group, group in parts]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out if plan.order is None else torch.zeros_like(q).index_copy_(0, plan.order, out)
+
+
+@dataclass(frozen=True)
+class Group:
+    """G sets of n rows that one call computes, each set over pages of its own."""
+
+    num_sets: int
+    num_rows: int  # G * n
+    pages: Tensor | slice  # int64 [G * pages]; a slice where they stand in a row, which needs no gather
+    used: int  # the most that a set uses
+    mask: Tensor | None  # [G, 1, n or 1, used], added to scores: 0 where a row sees, -inf where not
+    is_causal: bool  # in place of a mask where sets start their sequences
+
+
+@dataclass(frozen=True)
+class Plan:
+    groups: list[Group]
+    order: Tensor | None  # int64, the groups' rows one after the other; None: all rows of the step as they stand
+
+
+def _attend_group(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: Group) -> Tensor:
+    """[G * n, H, C] -> [G * n, H, C]."""
+    num_kv_heads, width = k_pages.shape[2:]
+    gathered = (pages[group.pages].reshape(group.num_sets, -1, num_kv_heads, width) for pages in (k_pages, v_pages))
+    k, v = (pages[:, : group.used].transpose(1, 2) for pages in gathered)  # (G, K, used, C)
+    if group.num_rows == group.num_sets:  # heads that share a KV head are its queries
+        heads = q.unflatten(1, (num_kv_heads, -1))  # (G, K, H/K, C)
+        return F.scaled_dot_product_attention(heads, k, v, group.mask).reshape(q.shape)
+    heads = q.unflatten(0, (group.num_sets, -1)).transpose(1, 2)  # (G, H, n, C)
+    shared = q.shape[1] != num_kv_heads
+    out = F.scaled_dot_product_attention(heads, k, v, group.mask, is_causal=group.is_causal, enable_gqa=shared)
+    return out.transpose(1, 2).reshape(q.shape)
+
+
+class _Set(NamedTuple):
+    rows: list[int]
+    pages: list[int]
+    used: int
+
+
+def _make_plan(spans: Spans, page_size: int, dtype: torch.dtype) -> Plan:
+    device, num_rows = spans.used.device, int(spans.starts[-1])
+    groups = _of_like_length(_sets(spans, page_size))
+    order = [row for sets in groups for each in sets for row in each.rows]
+    return Plan(
+        groups=[_make_group(sets, spans.causal, dtype, device) for sets in groups],
+        order=None if order == list(range(num_rows)) else torch.tensor(order, dtype=torch.int64, device=device),
+    )
+
+
+def _sets(spans: Spans, page_size: int) -> list[_Set]:
+    """One for each span, or for all that see the same: sixteen questions about one picture gather it once."""
+    sets: dict[tuple[int, ...], _Set] = {}
+    tables, lengths = spans.table.tolist(), spans.used.tolist()
+    for (start, end), table, used in zip(pairwise(spans.starts.tolist()), tables, lengths, strict=True):
+        if used > 0 and start < end:
+            pages = table[: -(-used // page_size)]
+            key = (start,) if spans.causal else (used, *pages)
+            sets.setdefault(key, _Set([], pages, used)).rows.extend(range(start, end))
+    return list(sets.values())
+
+
+def _of_like_length(sets: list[_Set]) -> list[list[_Set]]:
+    """Groups of as many rows, none padded to more than twice its pages: a long sequence does not stretch short ones."""
+    groups: list[list[_Set]] = []
+    for each in sorted(sets, key=lambda each: (len(each.rows), len(each.pages)), reverse=True):
+        first = groups[-1][0] if groups else None
+        if first and len(first.rows) == len(each.rows) and 2 * len(each.pages) >= len(first.pages):
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    return sorted((sorted(group) for group in groups), key=lambda group: group[0].rows)
+
+
+def _make_group(sets: list[_Set], causal: bool, dtype: torch.dtype, device: torch.device) -> Group:
+    width, used, n = max(len(each.pages) for each in sets), max(each.used for each in sets), len(sets[0].rows)
+    pages = [page for each in sets for page in each.pages + each.pages[-1:] * (width - len(each.pages))]
+    is_causal, mask = causal and all(each.used == n for each in sets), None
+    if not is_causal and (any(each.used < used for each in sets) or (causal and n > 1)):
+        limits = [range(each.used - n + 1, each.used + 1) if causal else [each.used] for each in sets]
+        unseen = torch.arange(used, device=device) >= torch.tensor(limits, device=device)[:, None, :, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
+    in_a_row = pages == list(range(pages[0], pages[0] + len(pages)))
+    return Group(
+        num_sets=len(sets),
+        num_rows=len(sets) * n,
+        pages=slice(pages[0], pages[-1] + 1) if in_a_row else torch.tensor(pages, device=device),
+        used=used,
+        mask=mask,
+        is_causal=is_causal,
+    )

@@ -1,0 +1,80 @@
+"""All that torch computes in parallel is computed by one thread: each that does has OpenMP threads of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.checkpoints import make_idefics
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_THREADS = 3
+LARGE = {"resampler_n_latents": 64}  # 16 pictures' latents are more than torch copies with one thread
+CODE = """
+import os, sys, threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from tests.decoder import triton_stand_in as stand_in
+
+sys.modules["triton_python_backend_utils"] = stand_in
+sys.path.insert(0, "model_repo/fused_decoder/1")
+from model import TritonPythonModel
+from service.contract import SamplingParams
+from service.families import load_family
+
+def as_tensor(content):
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+def num_openmp_threads():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+family = load_family(Path(os.environ["MODEL_PATH"]))
+num_images, width = 16, family.vision.latents_shape
+before = num_openmp_threads()
+model = TritonPythonModel()
+model.initialize({})
+sampling = SamplingParams(max_tokens=8, ignore_eos=True).to_json().encode()
+request = stand_in.Request(
+    input_ids=torch.tensor([family.image_token_id] * num_images + [5] * 400, dtype=torch.int32),
+    image_keys=torch.arange(num_images, dtype=torch.uint8)[:, None].repeat(1, 32),
+    image_positions=torch.arange(num_images, dtype=torch.int32),
+    latents=torch.from_numpy(np.ones((num_images, *width), dtype=np.float32)),  # torch.ones would be parallel
+    latent_index=torch.arange(num_images, dtype=torch.int32),
+    latents_checkpoint=as_tensor(bytes.fromhex(family.identity)).repeat(num_images, 1),
+    config=as_tensor(bytes.fromhex(family.config_identity)),
+    sampling=as_tensor(sampling),
+)
+model.execute([request])
+assert len(stand_in.answer(request)) == 8
+print("openmp", num_openmp_threads() - before)
+model.finalize()
+"""
+
+
+def test_the_decoder_has_one_pool_of_openmp_threads(tmp_path: Path) -> None:
+    """From loading to the last token, with latents large enough for Triton's thread to copy them in parallel."""
+    folder = make_idefics(tmp_path, perceiver=LARGE)
+    environment = {
+        **os.environ,
+        "MODEL_PATH": str(folder),
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": str(NUM_THREADS),
+        "MKL_NUM_THREADS": str(NUM_THREADS),
+        "MKL_DYNAMIC": "FALSE",  # else torch takes no more threads than there are cores
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"openmp {NUM_THREADS - 1}\n" in done.stdout
