@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ import triton_python_backend_utils as pb_utils
 from service.errors import CrossgateError, Internal
 from service.families import load_family
 from service.families.identity import unchanged
+
+# After that a thread that waits for the interpreter gets it. The engine's gives it up for microseconds at a time, in
+# which no other wakes, so the outbox would wait Python's 5 ms again and again. With 1 ms one stream of a tiny model
+# got 449 instead of 384 tokens/s, and 32 streams 2,447 instead of 2,033.
+SWITCH_INTERVAL_S = 0.001
 
 
 def on_gpu() -> bool:
@@ -53,6 +59,7 @@ class TritonPythonModel:
         from service.decoder.loop import EngineLoop
         from service.decoder.settings import DecoderSettings
 
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         family = load_family(Path(os.environ["MODEL_PATH"]))
         max_positions = family.decoder.max_positions
