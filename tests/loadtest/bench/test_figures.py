@@ -1,4 +1,4 @@
-"""Every figure is measured to its end, on a checkpoint so small that its value means nothing."""
+"""Every figure in process is measured to its end, on a checkpoint so small that its value means nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ IN_PROCESS = (
     figures.sampling_share,
     figures.streams_beside_a_prompt,
 )
-OVER_HTTP = tuple(measure for measure in figures.MEASURES if measure not in IN_PROCESS)
 
 
 def name(measure: Measure) -> str:
@@ -28,13 +27,6 @@ def test_a_figure_in_process_has_a_value(checkpoint: Path, measure: Measure) -> 
     for figure in measure(checkpoint, "float32", 1):
         assert math.isfinite(figure.value) and figure.parts
         assert figure.what in figure.row()[0]
-
-
-@pytest.mark.e2e
-@pytest.mark.parametrize("measure", OVER_HTTP, ids=name)
-def test_a_figure_over_http_has_a_value(checkpoint: Path, measure: Measure) -> None:
-    found = measure(checkpoint, "float32", 1)
-    assert found and all(math.isfinite(figure.value) for figure in found)
 
 
 def test_a_rate_is_held_against_a_bound_from_below() -> None:
