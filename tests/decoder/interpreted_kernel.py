@@ -17,7 +17,7 @@ from service.decoder.attention_kernel import Tiles, attend
 from tests.decoder.span_cases import Case, formula, random_case
 
 # Small, so that small cases have several tiles and splits. The interpreter has no warps and no stages.
-TILES = (Tiles(16, 16, 32, 4, 2), Tiles(16, 32, 64, 4, 2), Tiles(32, 16, 64, 4, 2), Tiles(16, 16, 256, 4, 2))
+TILES = (Tiles(16, 16, 16, 4, 2), Tiles(16, 32, 64, 4, 2), Tiles(32, 16, 64, 4, 2), Tiles(16, 16, 256, 4, 2))
 NUM_COMPARED = 8  # cases of which also parts and cleaned pages are attended to
 
 

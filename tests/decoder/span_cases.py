@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 POISON = (float("nan"), float("inf"), float("-inf"))
+LONG_EVERY, LONG = 8, 257  # every how many cases one row sees so many positions: more than 16 pieces of 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Case:
             "an empty span": bool((counts == 0).any()),
             "a span of one row": bool((counts == 1).any()),
             "a span of many rows": bool((counts > 1).any()),
+            "a row of many pieces": bool(((counts == 1) & (used >= LONG)).any()),
+            "rows that see nothing beside rows that do": self.causal and bool(((used > 0) & (used < counts)).any()),
             "nothing used": bool(((used == 0) & (counts > 0)).any()),
             "used to the middle of a page": bool((used % page_size != 0).any()),
             "used to the end of a page": bool(((used % page_size == 0) & (used > 0)).any()),
@@ -76,9 +79,12 @@ def random_case(seed: int) -> Case:
     num_spans, causal, most_used = 1 + upto(2), bool(pick(0, 1)), pick(20, 40, 110)
     counts = [pick(0, 1, 1, 1, 2 + upto(6)) for _ in range(num_spans - 1)] + [pick(1, 1, 2 + upto(6))]
     used = [pick(0, upto(most_used), upto(most_used), page_size * (1 + upto(most_used // page_size))) for _ in counts]
-    if causal:  # mostly no fewer positions than rows
+    if seed % LONG_EVERY == 0:
+        counts[-1], used[-1] = 1, LONG + upto(100)
+    if causal:  # of many rows half have fewer positions than rows, so that the first see nothing
         used = [
-            pick(length, *[max(length, count)] * 3) if length else 0 for length, count in zip(used, counts, strict=True)
+            length and (upto(count - 1) if count > 1 and pick(0, 1) else max(length, count))
+            for length, count in zip(used, counts, strict=True)
         ]
     width = max(1, *(-(-length // page_size) for length in used)) + pick(0, 1)
     num_pages = num_spans * width + 2

@@ -20,6 +20,8 @@ KINDS = {
     "an empty span",
     "a span of one row",
     "a span of many rows",
+    "a row of many pieces",
+    "rows that see nothing beside rows that do",
     "nothing used",
     "used to the middle of a page",
     "used to the end of a page",
@@ -52,7 +54,7 @@ def test_random_spans_equal_the_formula(reports: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_each_kind_of_span_is_among_them(reports: list[dict[str, Any]], kind: str) -> None:
-    assert sum(kind in report["kinds"] for report in reports) >= 10
+    assert sum(kind in report["kinds"] for report in reports) >= 5
 
 
 def test_rows_that_see_nothing_get_exactly_zero(reports: list[dict[str, Any]]) -> None:
