@@ -67,6 +67,7 @@ class Engine:
             settings.max_waiting,
             settings.max_step_tokens,
             fill_tokens=_fill_tokens(config),
+            max_prefill_tokens=settings.max_prefill_tokens,
         )
         self.runner = Runner(
             model,

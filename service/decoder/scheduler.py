@@ -1,9 +1,9 @@
 """Which tokens are computed in the next step. Pure accounting, no torch.
 
-First come, first served. A step has a token budget: decodes take theirs first, so that a long prompt, cut into chunks,
-never stalls anybody's tokens; what is left goes to prompts under way, then to newcomers. When self-K/V blocks run out,
-the sequence that was admitted last gives its blocks up and is computed again later, before all others that wait. It
-keeps its pictures' pages, since their latents are gone.
+First come, first served. A step has a token budget, a smaller one if somebody decodes: decodes take theirs first, so
+that a long prompt, cut into chunks, never stalls anybody's tokens; what is left goes to prompts under way, then to
+newcomers. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
+later, before all others that wait. It keeps its pictures' pages, since their latents are gone.
 
 A newcomer that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
 times; then everybody behind it waits with it. So nobody is starved: the sequence admitted first can always finish,
@@ -62,10 +62,12 @@ class Scheduler:
         max_step_tokens: int,
         max_overtaken: int = 64,
         fill_tokens: int = 1,  # what it costs of the budget to fill a page
+        max_prefill_tokens: int | None = None,  # of a step in which others decode, beside their tokens
     ) -> None:
         self.blocks, self.images = blocks, images
         self.max_running, self.max_waiting, self.max_step_tokens = max_running, max_waiting, max_step_tokens
         self.max_overtaken, self.fill_tokens = max_overtaken, fill_tokens
+        self.max_prefill_tokens = max_prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -126,8 +128,10 @@ class Scheduler:
 
     def _schedule_running(self, step: Step) -> int:
         """Chunks of the running sequences, decodes before prompts; returns the budget left."""
-        budget = self.max_step_tokens
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        budget = self.max_step_tokens
+        if decoding and self.max_prefill_tokens is not None:
+            budget = min(budget, len(decoding) + self.max_prefill_tokens)
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         for sequence in (*decoding, *prefilling):
             if budget == 0:

@@ -13,10 +13,10 @@ from service.decoder.page_pool import PageShape
 from service.errors import InvalidRequest
 from service.families.family import DecoderConfig
 
-# With so many tokens of a short prompt a step takes about twice as long as one that decodes 8 sequences, with 512 it
-# takes twelve times as long; far into a long prompt more, since a chunk attends to all before it. Larger chunks make a
-# prompt at most a quarter faster.
-CPU_STEP_TOKENS = 64
+CPU_STEP_TOKENS = 512
+# Beside 8 that decode, steps then take about twice as long, far into a long prompt three times, since a chunk attends to
+# all before it; with 512 they would take twenty times as long.
+CPU_PREFILL_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,6 +29,7 @@ class DecoderSettings:
     max_running: int = 32
     max_waiting: int = 256
     max_step_tokens: int = CPU_STEP_TOKENS
+    max_prefill_tokens: int | None = None  # of a step in which others decode; None: no bound but the step's
     kv_blocks: int | None = None
     image_pages: int | None = None
 
@@ -49,12 +50,14 @@ class DecoderSettings:
         on_gpu = device != "cpu"
         max_running = _integer(environment, "CROSSGATE_MAX_RUNNING") or (256 if on_gpu else 32)
         step_tokens = max(8192 if on_gpu else CPU_STEP_TOKENS, 2 * max_running)  # prompts get at least half of it
+        prefill_tokens = None if on_gpu else CPU_PREFILL_TOKENS
         return cls(
             device=device,
             dtype=environment.get("DTYPE") or ("bfloat16" if on_gpu else "float32"),
             max_running=max_running,
             max_waiting=_integer(environment, "CROSSGATE_MAX_WAITING") or 256,
             max_step_tokens=_integer(environment, "CROSSGATE_MAX_STEP_TOKENS") or step_tokens,
+            max_prefill_tokens=_integer(environment, "CROSSGATE_MAX_PREFILL_TOKENS") or prefill_tokens,
             kv_blocks=_integer(environment, "CROSSGATE_KV_BLOCKS"),
             image_pages=_integer(environment, "CROSSGATE_IMAGE_PAGES"),
         )

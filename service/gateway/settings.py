@@ -19,6 +19,7 @@ STAGE_VARIABLES = frozenset(  # read by the two stages and the launcher, which s
     {
         "CROSSGATE_MAX_RUNNING",
         "CROSSGATE_MAX_WAITING",
+        "CROSSGATE_MAX_PREFILL_TOKENS",
         "CROSSGATE_MAX_STEP_TOKENS",
         "CROSSGATE_KV_BLOCKS",
         "CROSSGATE_IMAGE_PAGES",

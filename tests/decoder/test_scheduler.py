@@ -26,8 +26,10 @@ def make_scheduler(
     budget: int = 24,
     max_overtaken: int = 64,
     fill_tokens: int = 1,
+    max_prefill_tokens: int | None = None,
 ) -> Scheduler:
-    return Scheduler(KVBlocks(num_blocks), ImagePages(num_pages), max_running, 100, budget, max_overtaken, fill_tokens)
+    blocks, images = KVBlocks(num_blocks), ImagePages(num_pages)
+    return Scheduler(blocks, images, max_running, 100, budget, max_overtaken, fill_tokens, max_prefill_tokens)
 
 
 def tiles(key: str) -> list[tuple[str, int]]:
@@ -592,3 +594,19 @@ def test_pictures_that_with_those_present_are_more_than_the_pool_are_reported_lo
     machine.step()
     machine.step()
     assert (machine.finished, machine.lost) == ([0], [1])
+
+
+@pytest.mark.parametrize("max_running", [4, 1])
+def test_a_prompt_takes_the_whole_step_alone_and_little_of_one_in_which_others_decode(max_running: int) -> None:
+    scheduler = make_scheduler(num_blocks=100, max_running=max_running, budget=50, max_prefill_tokens=7)
+    machine = Machine(scheduler)
+    scheduler.add(make_sequence(1, 60, max_tokens=4))
+    assert [chunk.count for chunk in machine.step().chunks] == [50]
+    assert [chunk.count for chunk in machine.step().chunks] == [10]
+    scheduler.add(make_sequence(2, 30, max_tokens=4))
+    scheduler.add(make_sequence(3, 30, max_tokens=4))
+    counts = [[chunk.count for chunk in machine.step().chunks] for _ in range(4)]
+    if max_running == 4:
+        assert counts == [[1, 7], [1, 7], [1, 7], [30 - 21, 30]]  # the first has ended: nobody decodes any more
+    else:
+        assert counts == [[1], [1], [1], [30]]

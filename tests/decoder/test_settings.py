@@ -15,8 +15,8 @@ def test_a_step_has_room_for_prompts_beside_all_that_may_run(device: str, max_ru
 
 def test_what_is_set_counts() -> None:
     environment = {"DEVICE": "cpu", "CROSSGATE_MAX_RUNNING": "4", "CROSSGATE_MAX_STEP_TOKENS": "5"}
-    settings = DecoderSettings.from_environment(environment)
-    assert (settings.max_running, settings.max_step_tokens) == (4, 5)
+    settings = DecoderSettings.from_environment({**environment, "CROSSGATE_MAX_PREFILL_TOKENS": "3"})
+    assert (settings.max_running, settings.max_step_tokens, settings.max_prefill_tokens) == (4, 5, 3)
 
 
 def test_steps_too_short_for_any_prompt_are_refused() -> None:
