@@ -14,8 +14,8 @@ from service.errors import InvalidRequest
 from service.families.family import DecoderConfig
 
 CPU_STEP_TOKENS = 512
-# Beside 8 that decode, steps then take about twice as long, far into a long prompt three times, since a chunk attends to
-# all before it; with 512 they would take twenty times as long.
+# Beside 8 that decode, steps then take about twice as long, far into a long prompt three times, since a chunk attends
+# to all before it; with 512 they would take twenty times as long.
 CPU_PREFILL_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -61,6 +61,8 @@ def test_frequencies_follow_the_distribution(sampling: SamplingParams) -> None:
         SamplingParams(temperature=1.0, top_p=0.9),  # they do not
         SamplingParams(temperature=1.0, top_k=700),
         SamplingParams(temperature=1.2, top_k=700, top_p=0.8),
+        SamplingParams(temperature=1.0, top_k=700, top_p=0.3),  # of the mass of the 700, not of all
+        SamplingParams(temperature=1.0, top_k=256, top_p=0.5),
     ],
     ids=str,
 )
@@ -128,6 +130,12 @@ def test_every_legal_parameter_gives_a_token_of_the_vocabulary(
     assert 0 <= token < len(LOGITS)
     if temperature < 1e-4 * scale or top_p < 1e-200:
         assert token == len(LOGITS) - 1
+
+
+def test_top_p_keeps_the_fewest_tokens_whose_mass_reaches_it() -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.5)
+    sequences = [Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, seed) for seed in range(200)]
+    assert len(set(sample(torch.zeros(200, 4), sequences))) == 2
 
 
 def test_a_temperature_below_the_threshold_is_greedy_also_between_near_equals() -> None:

@@ -87,9 +87,9 @@ def _try(chosen: list[Mutant], result: Result, explained: dict[str, str], num_at
     for trial, verdict, _ in run_all(trials, num_at_once):
         mutant = by_source[trial.source]
         result.num_mutants += 1
-        if verdict is not Verdict.SURVIVED:
+        if verdict is Verdict.NOTICED or (verdict is not Verdict.SURVIVED and mutant.name not in explained):
             result.noticed.add(mutant.name)
-        elif mutant.name in explained:
+        elif mutant.name in explained:  # also one that a busy machine did not come to the end of
             result.named.append(mutant)
         else:
             result.unnamed.append(mutant)
