@@ -41,6 +41,7 @@ SETTINGS = {
     "CROSSGATE_KV_BLOCKS": str(NUM_BLOCKS),
     "CROSSGATE_IMAGE_PAGES": str(NUM_PAGES),
     "CROSSGATE_LATENTS_CACHE_BYTES": "0",  # what the pool has lost is encoded again: the encoder has work, too
+    "CROSSGATE_MAX_PREFILL_TOKENS": "512",  # no prompt is cut: what marks one that breaks its step stands in one step
     "CROSSGATE_CLIENT_TIMEOUT_S": "5",
     "CROSSGATE_BODY_TIMEOUT_S": "15",
 }
