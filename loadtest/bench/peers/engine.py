@@ -26,7 +26,7 @@ from loadtest.bench.worker import serve
 from loadtest.pictures import jpeg
 from service.contract import SamplingParams, TokenEvent, ValidRequest
 from service.decoder.engine import Engine
-from service.decoder.settings import DecoderSettings
+from service.decoder.settings import CPU_PREFILL_TOKENS, DecoderSettings
 from service.errors import CrossgateError, ImageNotResident
 from service.families import load_family
 from service.vision.stage import VisionStage
@@ -38,7 +38,8 @@ class InProcess:
     def __init__(self, folder: Path, dtype: str, **settings: Any) -> None:
         self.family = load_family(folder)
         self.stage = VisionStage(self.family, "cpu", dtype)
-        self.engine = Engine.from_family(self.family, DecoderSettings(dtype=dtype, **settings))
+        as_served = {"max_prefill_tokens": CPU_PREFILL_TOKENS, **settings}
+        self.engine = Engine.from_family(self.family, DecoderSettings(dtype=dtype, **as_served))
         self._ids = itertools.count()
         self.pixels = lru_cache(maxsize=1024)(self._pixels)
 
