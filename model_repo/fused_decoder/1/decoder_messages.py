@@ -32,9 +32,7 @@ def read_request(request: Any, max_positions: int) -> tuple[ValidRequest, torch.
         image_positions=tuple(_integers(request, "image_positions", max_positions)),
         sampling=SamplingParams.from_json(bytes(_integers(request, "sampling", MAX_SAMPLING_BYTES))),
     )
-    latents = _tensor(
-        request, "latents", max_positions
-    )  # a picture may have several rows; the engine knows how many fit
+    latents = _tensor(request, "latents", max_positions)  # several rows a picture; the engine knows how many fit
     return valid, latents, _integers(request, "latent_index", max_positions)
 
 
