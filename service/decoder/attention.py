@@ -78,6 +78,16 @@ class Group:
     used: int  # the most that a set uses
     mask: Tensor | None  # [G, 1, n or 1, used], added to scores: 0 where a row sees, -inf where not
     is_causal: bool  # in place of a mask where sets start their sequences
+    _gathered: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def gather(self, k_or_v: str, pages: Tensor) -> Tensor:
+        """One layer's pages, [G * pages, page size, K, C], valid until the next layer's are gathered to the same place:
+        memory fresh from the system takes longer than the copy."""
+        if isinstance(self.pages, slice):
+            return pages[self.pages]
+        if k_or_v not in self._gathered:
+            self._gathered[k_or_v] = pages.new_empty(len(self.pages), *pages.shape[1:])
+        return torch.index_select(pages, 0, self.pages, out=self._gathered[k_or_v])
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,9 @@ class Plan:
 def _attend_group(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: Group) -> Tensor:
     """[G * n, H, C] -> [G * n, H, C]."""
     num_kv_heads, width = k_pages.shape[2:]
-    gathered = (pages[group.pages].reshape(group.num_sets, -1, num_kv_heads, width) for pages in (k_pages, v_pages))
-    k, v = (pages[:, : group.used].transpose(1, 2) for pages in gathered)  # (G, K, used, C)
+    gathered = group.gather("k", k_pages), group.gather("v", v_pages)
+    sets = (pages.reshape(group.num_sets, -1, num_kv_heads, width) for pages in gathered)
+    k, v = (of_sets[:, : group.used].transpose(1, 2) for of_sets in sets)  # (G, K, used, C)
     if group.num_rows == group.num_sets:  # heads that share a KV head are its queries
         heads = q.unflatten(1, (num_kv_heads, -1))  # (G, K, H/K, C)
         return F.scaled_dot_product_attention(heads, k, v, group.mask).reshape(q.shape)

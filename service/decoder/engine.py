@@ -68,6 +68,7 @@ class Engine:
             settings.max_step_tokens,
             fill_tokens=_fill_tokens(config),
             max_prefill_tokens=settings.max_prefill_tokens,
+            position_cost=_position_cost(config),
         )
         self.runner = Runner(
             model,
@@ -257,3 +258,9 @@ def _fill_tokens(config: DecoderConfig) -> int:
     cross = config.cross_attention
     num_products = PageShape.of_images(cross).num_values * cross.vision_width  # each K and V from E numbers
     return math.ceil(num_products / config.num_parameters)
+
+
+def _position_cost(config: DecoderConfig) -> float:
+    """What attending to one position more costs, in tokens of a step's budget: by its products with q and of V."""
+    heads = config.attention
+    return 2 * config.num_layers * heads.num_heads * heads.head_width / config.num_parameters

@@ -2,7 +2,7 @@
 
 First come, first served. A step has a token budget, a smaller one if somebody decodes: decodes take theirs first, so
 that a long prompt, cut into chunks, never stalls anybody's tokens; what is left goes to prompts under way, then to
-newcomers. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
+newcomers. A prompt's token far behind its start costs more than one, since it attends to all before it. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
 later, before all others that wait. It keeps its pictures' pages, since their latents are gone.
 
 A newcomer that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
@@ -13,6 +13,7 @@ in the queue, where nobody passes them, and finish next; and then a newcomer fin
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,11 +64,12 @@ class Scheduler:
         max_overtaken: int = 64,
         fill_tokens: int = 1,  # what it costs of the budget to fill a page
         max_prefill_tokens: int | None = None,  # of a step in which others decode, beside their tokens
+        position_cost: float = 0.0,  # what each position before a prompt's token adds to its cost of 1
     ) -> None:
         self.blocks, self.images = blocks, images
         self.max_running, self.max_waiting, self.max_step_tokens = max_running, max_waiting, max_step_tokens
         self.max_overtaken, self.fill_tokens = max_overtaken, fill_tokens
-        self.max_prefill_tokens = max_prefill_tokens
+        self.max_prefill_tokens, self.position_cost = max_prefill_tokens, position_cost
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -134,15 +136,20 @@ class Scheduler:
             budget = min(budget, len(decoding) + self.max_prefill_tokens)
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         for sequence in (*decoding, *prefilling):
-            if budget == 0:
+            if budget <= 0:
                 break
             if sequence not in self.running:
                 continue  # preempted for an older one in this very step
-            count = min(sequence.num_uncomputed, budget)
+            cost = 1.0 if sequence.num_uncomputed == 1 else self._token_cost(sequence.num_computed)
+            count = min(sequence.num_uncomputed, max(int(budget / cost), 1))
             if self._grow(sequence, count, step):
                 step.chunks.append(Chunk.next(sequence, count))
-                budget -= count
+                budget -= math.ceil(count * cost)
         return budget
+
+    def _token_cost(self, start: int) -> float:
+        """Of a prompt's token with `start` before it, in tokens of a step's budget."""
+        return 1 + start * self.position_cost
 
     def _schedule_waiting(self, step: Step, budget: int) -> None:
         """Chunks of newcomers, in their order but for those without a place that are passed."""
@@ -162,7 +169,8 @@ class Scheduler:
                 continue
             self.running.append(sequence)
             step.chunks.append(Chunk.next(sequence, count))
-            budget -= count + self.fill_tokens * sum(len(pages) for pages, _ in step.image_fills[num_fills:])
+            budget -= math.ceil(count * self._token_cost(sequence.num_computed))
+            budget -= self.fill_tokens * sum(len(pages) for pages, _ in step.image_fills[num_fills:])
             for other in passed:
                 other.num_overtaken += 1
             if not all(map(self._may_be_overtaken, passed)):
@@ -213,7 +221,8 @@ class Scheduler:
         num_reusable = (len(sequence.token_ids) - 1) // BLOCK_SIZE  # the last token is always computed: its logits
         cached = self.blocks.lookup(sequence.block_hashes(num_reusable))
         num_cached = len(cached) * BLOCK_SIZE
-        count = min(len(sequence.token_ids) - num_cached, max(budget - fill_cost, 1))
+        affordable = int((budget - fill_cost) / self._token_cost(num_cached))
+        count = min(len(sequence.token_ids) - num_cached, max(affordable, 1))
         needed = num_blocks(num_cached + count) - len(cached)
         if needed > self.blocks.num_allocatable(cached):
             return None

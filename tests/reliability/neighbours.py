@@ -48,7 +48,6 @@ SETTINGS = {
     "CROSSGATE_KV_BLOCKS": "1024",
     "CROSSGATE_IMAGE_PAGES": "64",
     "CROSSGATE_MAX_RUNNING": "24",
-    "CROSSGATE_MAX_STEP_TOKENS": "32",  # a long prompt then takes many short steps instead of few long ones
     "CROSSGATE_CLIENT_TIMEOUT_S": "5",
 }
 HEADER = ("beside", "it was told", "p50, ms", "p99, ms", "p99 / p50", "streams", "not as alone", "gateway, MiB")
