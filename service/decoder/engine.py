@@ -261,6 +261,7 @@ def _fill_tokens(config: DecoderConfig) -> int:
 
 
 def _position_cost(config: DecoderConfig) -> float:
-    """What attending to one position more costs, in tokens of a step's budget: by its products with q and of V."""
+    """What attending to one position more costs, in tokens of a step's budget: its products with q and of V, which are
+    computed at about half the rate of those with weights."""
     heads = config.attention
-    return 2 * config.num_layers * heads.num_heads * heads.head_width / config.num_parameters
+    return 4 * config.num_layers * heads.num_heads * heads.head_width / config.num_parameters

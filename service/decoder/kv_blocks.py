@@ -54,13 +54,14 @@ class KVBlocks:
         return len(self._free) - sum(1 for block in shared if self._refcounts[block] == 0)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free blocks to write to. Whatever was published in them is forgotten.
+        """Take `count` free blocks to write to, in ascending order: those in a row need no gather. Whatever was published
+        in them is forgotten.
 
         Raises IndexError, having taken none, if fewer are free.
         """
         if count > len(self._free):
             raise IndexError(f"{count} blocks wanted, {len(self._free)} free")
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        blocks = sorted(self._free.popitem(last=False)[0] for _ in range(count))
         for block in blocks:
             self._refcounts[block] = 1
             block_hash = self._hash_of.pop(block, None)

@@ -2,7 +2,8 @@
 
 First come, first served. A step has a token budget, a smaller one if somebody decodes: decodes take theirs first, so
 that a long prompt, cut into chunks, never stalls anybody's tokens; what is left goes to prompts under way, then to
-newcomers. A prompt's token far behind its start costs more than one, since it attends to all before it. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
+newcomers. A prompt's token far behind its start costs more than one, since it attends to all before it. A newcomer gets
+the blocks of its whole prompt: it is not preempted half-way, and they may lie in a row. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
 later, before all others that wait. It keeps its pictures' pages, since their latents are gone.
 
 A newcomer that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
@@ -223,7 +224,7 @@ class Scheduler:
         num_cached = len(cached) * BLOCK_SIZE
         affordable = int((budget - fill_cost) / self._token_cost(num_cached))
         count = min(len(sequence.token_ids) - num_cached, max(affordable, 1))
-        needed = num_blocks(num_cached + count) - len(cached)
+        needed = num_blocks(len(sequence.token_ids)) - len(cached)
         if needed > self.blocks.num_allocatable(cached):
             return None
         self.blocks.share(cached)

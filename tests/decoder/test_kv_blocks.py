@@ -33,7 +33,7 @@ def test_the_end_of_a_sequence_is_taken_again_before_its_beginning() -> None:
     blocks = KVBlocks(4)
     table = blocks.allocate(4)
     blocks.release(table)
-    assert blocks.allocate(4) == table[::-1]
+    assert [blocks.allocate(1) for _ in range(4)] == [[block] for block in table[::-1]]
 
 
 def test_what_was_freed_first_is_taken_first() -> None:
@@ -41,8 +41,15 @@ def test_what_was_freed_first_is_taken_first() -> None:
     first, second = blocks.allocate(2), blocks.allocate(2)
     blocks.release(second)
     blocks.release(first)
-    assert blocks.allocate(2) == second[::-1]
-    assert blocks.allocate(2) == first[::-1]
+    assert blocks.allocate(2) == second
+    assert blocks.allocate(2) == first
+
+
+def test_what_is_taken_together_lies_in_a_row_if_it_can() -> None:
+    blocks = KVBlocks(8)
+    table = blocks.allocate(8)
+    blocks.release(table)
+    assert blocks.allocate(8) == list(range(8))
 
 
 def test_a_block_is_free_again_when_its_last_holder_has_released_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -24,12 +25,10 @@ def make_scheduler(
     num_pages: int = 3,
     max_running: int = 4,
     budget: int = 24,
-    max_overtaken: int = 64,
-    fill_tokens: int = 1,
-    max_prefill_tokens: int | None = None,
+    **bounds: Any,
 ) -> Scheduler:
-    blocks, images = KVBlocks(num_blocks), ImagePages(num_pages)
-    return Scheduler(blocks, images, max_running, 100, budget, max_overtaken, fill_tokens, max_prefill_tokens)
+    """`bounds`: of those that `Scheduler` has by default."""
+    return Scheduler(KVBlocks(num_blocks), ImagePages(num_pages), max_running, 100, budget, **bounds)
 
 
 def tiles(key: str) -> list[tuple[str, int]]:
@@ -159,6 +158,7 @@ requests = st.tuples(
     st.integers(5, 40),
     st.integers(0, 4),
     st.integers(1, 20),
+    st.sampled_from([0.0, 0.02, 0.5]),
 )
 def test_every_request_ends_exactly_once_and_everything_is_returned(
     arrivals: list[tuple[int, tuple[str, ...], int, int, int | None]],
@@ -167,11 +167,11 @@ def test_every_request_ends_exactly_once_and_everything_is_returned(
     budget: int,
     max_overtaken: int,
     fill_tokens: int,
+    position_cost: float,
 ) -> None:
-    machine = Machine(
-        make_scheduler(num_blocks, num_pages, budget=budget, max_overtaken=max_overtaken, fill_tokens=fill_tokens)
-    )
-    scheduler = machine.scheduler
+    bounds = {"max_overtaken": max_overtaken, "fill_tokens": fill_tokens, "position_cost": position_cost}
+    scheduler = make_scheduler(num_blocks, num_pages, budget=budget, **bounds)
+    machine = Machine(scheduler)
     schedule: list[tuple[int, Sequence, int | None]] = []
     now, expected, cancelled = 0, [], []
     for request_id, (num_tokens, keys, max_tokens, gap, patience) in enumerate(arrivals):
@@ -235,7 +235,7 @@ def test_no_stream_of_later_requests_starves_one_that_needs_every_page(
     max_overtaken: int, num_pages: int, kinds: list[str], fill_tokens: int
 ) -> None:
     """Later ones keep coming as long as it waits: text, questions about a hot picture, and about ever new pictures."""
-    scheduler = make_scheduler(60, num_pages, 8, budget=64, max_overtaken=max_overtaken, fill_tokens=fill_tokens)
+    scheduler = make_scheduler(60, num_pages, 8, 64, max_overtaken=max_overtaken, fill_tokens=fill_tokens)
     machine = Machine(scheduler)
     scheduler.add(make_sequence(0, 20, ("hot",), max_tokens=30))
     machine.step()
@@ -610,3 +610,60 @@ def test_a_prompt_takes_the_whole_step_alone_and_little_of_one_in_which_others_d
         assert counts == [[1, 7], [1, 7], [1, 7], [30 - 21, 30]]  # the first has ended: nobody decodes any more
     else:
         assert counts == [[1], [1], [1], [30]]
+
+
+def test_a_token_far_behind_its_start_costs_more_of_a_step() -> None:
+    scheduler = make_scheduler(num_blocks=100, budget=50, max_prefill_tokens=32, position_cost=0.01)
+    machine = Machine(scheduler)
+    scheduler.add(make_sequence(1, 20, max_tokens=30))
+    machine.step()
+    scheduler.add(make_sequence(2, 150, max_tokens=2))
+    counts = [[chunk.count for chunk in machine.step().chunks] for _ in range(7)]
+    assert counts == [[1, 32], [1, 24], [1, 20], [1, 18], [1, 16], [1, 15], [1, 14]]  # 32 / (1 + start / 100)
+
+
+def test_a_prefix_that_is_cached_counts_as_standing_before() -> None:
+    scheduler = make_scheduler(num_blocks=100, budget=40, position_cost=0.125)
+    machine = Machine(scheduler)
+    first, again = make_sequence(1, 33, max_tokens=1), make_sequence(1, 33 + 40, max_tokens=1)
+    scheduler.add(first)
+    while scheduler.running or scheduler.waiting:
+        machine.step()
+    scheduler.add(again)
+    scheduler.add(make_sequence(2, 40, max_tokens=1))
+    chunks = [(chunk.start, chunk.count) for chunk in machine.step().chunks]
+    assert chunks == [(32, 8)]  # five each: nothing is left for another
+
+
+def test_a_token_dearer_than_a_step_is_computed_all_the_same() -> None:
+    scheduler = make_scheduler(num_blocks=100, budget=5, position_cost=1.0)
+    machine = Machine(scheduler)
+    scheduler.add(make_sequence(1, 9, max_tokens=2))
+    counts = [[chunk.count for chunk in machine.step().chunks] for _ in range(6)]
+    assert counts == [[5], [1], [1], [1], [1], [1]]
+
+
+def test_a_prompt_under_way_has_all_its_blocks_in_a_row() -> None:
+    scheduler = make_scheduler(num_blocks=20, budget=24, max_prefill_tokens=16)
+    machine = Machine(scheduler)
+    scheduler.add(make_sequence(1, 20, max_tokens=50))
+    machine.step()
+    scheduler.add(make_sequence(2, 100, max_tokens=2))
+    for _ in range(5):
+        chunk = machine.step().chunks[-1]
+        assert chunk.sequence.block_table == list(range(2, 9))
+    assert scheduler.blocks.num_used == 9
+
+
+def test_a_prompt_starts_when_all_of_it_has_room() -> None:
+    scheduler = make_scheduler(num_blocks=8, budget=24)
+    machine = Machine(scheduler)
+    scheduler.add(make_sequence(1, 60, max_tokens=3))
+    machine.step()
+    scheduler.add(make_sequence(2, 80, max_tokens=3))
+    while not machine.finished:
+        assert len(scheduler.waiting) == 1
+        machine.step()
+    while scheduler.running or scheduler.waiting:
+        machine.step()
+    assert (machine.finished, scheduler.num_preemptions) == ([1, 2], 0)
