@@ -54,7 +54,7 @@ class KVBlocks:
         return len(self._free) - sum(1 for block in shared if self._refcounts[block] == 0)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free blocks to write to, in ascending order: those in a row need no gather. Whatever was published
+        """Take `count` free blocks to write to, ascending, since a row of them needs no gather. Whatever was published
         in them is forgotten.
 
         Raises IndexError, having taken none, if fewer are free.

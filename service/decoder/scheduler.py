@@ -3,8 +3,9 @@
 First come, first served. A step has a token budget, a smaller one if somebody decodes: decodes take theirs first, so
 that a long prompt, cut into chunks, never stalls anybody's tokens; what is left goes to prompts under way, then to
 newcomers. A prompt's token far behind its start costs more than one, since it attends to all before it. A newcomer gets
-the blocks of its whole prompt: it is not preempted half-way, and they may lie in a row. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
-later, before all others that wait. It keeps its pictures' pages, since their latents are gone.
+the blocks of its whole prompt at once, so that they lie in a row if they can. When self-K/V blocks run out, the
+sequence that was admitted last gives its blocks up and is computed again later, before all others that wait. It keeps
+its pictures' pages, since their latents are gone.
 
 A newcomer that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
 times; then everybody behind it waits with it. So nobody is starved: the sequence admitted first can always finish,
