@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,8 +59,9 @@ class EngineLoop:
         make_engine: Callable[[], Engine],
         on_step: Callable[[EngineStats], None] = lambda stats: None,
         end: Callable[[], None] = end_process,
+        computing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._end = end
+        self._end, self._computing = end, computing
         self._wake = threading.Condition()
         self._submitted: list[_Submission] = []
         self._live: set[int] = set()  # ids of those whose last answer was not posted yet
@@ -179,7 +181,8 @@ class EngineLoop:
 
     def _step(self) -> list[Delivery]:
         try:
-            deliveries = self._engine.step()
+            with self._computing():
+                deliveries = self._engine.step()
         except Exception as error:  # no single request's: the engine sorts those out
             self._num_failed_steps += 1
             if isinstance(error, Broken) or is_sticky(error) or self._num_failed_steps == MAX_FAILED_STEPS:

@@ -13,6 +13,7 @@ from service.errors import CrossgateError, Internal, InvalidRequest
 from service.families.family import EfficientNetConfig, EncoderConfig, Family, VisionConfig, VitConfig
 from service.isolation import Pulse, run_apart
 from service.packed import pack_linears
+from service.turns import Turns
 from service.vision.efficientnet import EfficientNetLite
 from service.vision.resampler import PerceiverResampler
 from service.vision.vit import VisionTransformer
@@ -34,9 +35,12 @@ class VisionModel(nn.Module):
 
 
 class VisionStage:
-    """`dtype` "float32", "bfloat16" or "float16"; latents come out as fp32 on a CPU, fp16 on a GPU."""
+    """`dtype` "float32", "bfloat16" or "float16"; latents come out as fp32 on a CPU, fp16 on a GPU.
 
-    def __init__(self, family: Family, device: str, dtype: str) -> None:
+    `turns`: for a CPU on which a decoder computes, too.
+    """
+
+    def __init__(self, family: Family, device: str, dtype: str, turns: Turns | None = None) -> None:
         """Loads the weights. Raises InvalidRequest, in one line, for a checkpoint that does not fit."""
         encoder = family.vision.encoder
         self.pixels_shape = (3, encoder.image_size, encoder.image_size)
@@ -50,6 +54,9 @@ class VisionStage:
         self._mean = torch.tensor(encoder.mean, device=self.device)[:, None, None]
         self._std = torch.tensor(encoder.std, device=self.device)[:, None, None]
         self._pulse = Pulse(self._probe)
+        self._turns = turns
+        if turns is not None:
+            pass_on_between_layers(self.model, turns)
 
     def encode_each(self, requests: list[Tensor]) -> list[Tensor | CrossgateError]:
         """Pixels [B, 3, H, W] of each request -> its latents [B, R, E] on the CPU, computed together.
@@ -71,7 +78,12 @@ class VisionStage:
         return latents.to(self.latents_dtype)
 
     def _encode_together(self, requests: list[Tensor]) -> list[Tensor | None]:
-        latents = self.encode(torch.cat(requests)).cpu()  # (sum of B, R, E)
+        pixels = torch.cat(requests)  # (sum of B, 3, H, W)
+        if self._turns is None:
+            latents = self.encode(pixels).cpu()  # (sum of B, R, E)
+        else:  # one by one, so that a layer is a short time; on a CPU a batch is no faster
+            with self._turns.turn():
+                latents = torch.cat([self.encode(picture) for picture in pixels.split(1)])
         return [part if part.isfinite().all() else None for part in latents.split([len(part) for part in requests])]
 
     def _fits(self, pixels: Tensor) -> bool:
@@ -94,3 +106,11 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
             return EfficientNetLite(config.variant)
         case VitConfig():
             return VisionTransformer(config)
+
+
+def pass_on_between_layers(model: nn.Module, turns: Turns) -> None:
+    """Before each layer of a stack the other stage may have its turn."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            for layer in module:
+                layer.register_forward_pre_hook(lambda *_: turns.pass_on())

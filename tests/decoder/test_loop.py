@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -249,3 +250,24 @@ def test_a_process_of_no_more_use_ends_with_status_1_and_one_line_of_why() -> No
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "the accelerator is sick" in done.stderr
+
+
+def test_every_step_is_made_in_a_turn_of_its_own_even_one_that_fails() -> None:
+    turns: list[str] = []
+
+    @contextmanager
+    def computing() -> Iterator[None]:
+        turns.append("begins")
+        try:
+            yield
+        finally:
+            turns.append("ends")
+
+    engine = FakeEngine()
+    loop = EngineLoop(lambda: engine, computing=computing)  # type: ignore[arg-type,return-value]
+    for engine.on_step in (None, RuntimeError("no")):
+        client = Client()
+        loop.submit(REQUEST, None, [], client.deliver, client.is_cancelled)
+        assert client.last
+    loop.close()
+    assert turns == ["begins", "ends"] * 3

@@ -11,6 +11,7 @@ from torch import Tensor
 from service.errors import Internal, InvalidRequest
 from service.families import load_family
 from service.isolation import Broken
+from service.turns import Turns
 from service.vision.stage import VisionStage
 from tests.checkpoints import make_idefics
 
@@ -35,6 +36,16 @@ class BreakingModel(torch.nn.Module):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_idefics(tmp_path_factory.mktemp("idefics"))
+
+
+class CountedTurns(Turns):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_passed = 0
+
+    def pass_on(self) -> None:
+        self.num_passed += 1
+        super().pass_on()
 
 
 @pytest.fixture
@@ -115,3 +126,13 @@ def test_an_encoder_that_can_do_nothing_more_says_so(stage: VisionStage, sick: b
     with pytest.raises(Broken):
         for _ in range(1 if sick else 3):
             stage.encode_each([pictures(1, 0), pictures(1, 1)])
+
+
+def test_taking_turns_with_a_decoder_changes_no_latents(folder: Path, stage: VisionStage) -> None:
+    turns = CountedTurns()
+    in_turns = VisionStage(load_family(folder), "cpu", "float32", turns)
+    requests = [pictures(1 + index, index) for index in range(3)]
+    for latents, expected in zip(in_turns.encode_each(requests), stage.encode_each(requests), strict=True):
+        assert isinstance(latents, Tensor) and isinstance(expected, Tensor)
+        torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+    assert turns.num_passed >= 6 * len(list(stage.model.encoder.layers))  # six pictures, between all layers

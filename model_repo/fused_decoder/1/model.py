@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class TritonPythonModel:
         from service.decoder.engine import Engine
         from service.decoder.loop import EngineLoop
         from service.decoder.settings import DecoderSettings
+        from service.turns import Turns
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -69,7 +71,8 @@ class TritonPythonModel:
                 check_makers, config=family.config_identity, checkpoint=family.identity, max_images=max_positions
             )
             make_engine = partial(Engine.from_family, family, DecoderSettings.from_environment())
-            self.loop = EngineLoop(make_engine, on_step=DecoderMetrics().publish)
+            computing = nullcontext if on_gpu() else Turns().turn
+            self.loop = EngineLoop(make_engine, on_step=DecoderMetrics().publish, computing=computing)
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the engine; its thread answers through the response senders."""

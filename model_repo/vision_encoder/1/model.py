@@ -43,6 +43,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         import torch
 
+        from service.turns import Turns
         from service.vision.stage import VisionStage
 
         self.torch = torch
@@ -51,7 +52,8 @@ class TritonPythonModel:
         device = os.environ.get("DEVICE") or ("cuda" if on_gpu() else "cpu")
         with unchanged(family.folder):
             identity = bytearray.fromhex(family.identity)
-            self.stage = VisionStage(family, device, dtype)
+            turns = None if on_gpu() else Turns()
+            self.stage = VisionStage(family, device, dtype, turns)
         self.identity = torch.frombuffer(identity, dtype=torch.uint8)
         self.works = True
 
