@@ -124,3 +124,18 @@ def test_a_long_sequence_does_not_stretch_short_ones(lengths: list[int]) -> None
 def test_a_step_is_planned_once() -> None:
     spans = Spans.of([(1, [0], 3), (4, [1, 2], 30)], causal=True, device=CPU)
     assert spans.plan(16, torch.float32) is spans.plan(16, torch.float32)
+
+
+def test_the_same_spans_over_one_pool_after_another_see_what_each_holds() -> None:
+    """Pages that begin and end as a row does; the first page is nobody's; unlike lengths in one call."""
+    runs = [(1, [2, 4, 3, 5], 9), (1, [2, 4, 3, 5], 8), (1, [1, 6], 5)]
+    generator = torch.Generator().manual_seed(0)
+    for causal in (True, False):
+        spans = Spans.of(runs, causal=causal, device=CPU)
+        for page_size, dtype in ((3, torch.float32), (3, torch.float32), (5, torch.float32), (3, torch.bfloat16)):
+            k_pages, v_pages = torch.randn(2, 7, page_size, 2, 8, generator=generator).to(dtype)
+            k_pages[0], v_pages[0] = torch.nan, torch.nan
+            q = torch.randn(3, 4, 8, generator=generator).to(dtype)
+            got, expected = attend(q, k_pages, v_pages, spans), formula(q, k_pages, v_pages, runs, causal)
+            tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
