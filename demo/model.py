@@ -172,9 +172,9 @@ class DemoModel(nn.Module):
             below[row, : len(sentence)] = self.sentences[sentence]
         return below
 
-    def rope(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    def rope(self, batch: int, length: int) -> Tensor:
         positions = torch.arange(self.prefix.length, self.prefix.length + length).repeat(batch)
-        return self.decoder.rotary.angles(positions, torch.float32)
+        return self.decoder.rotary.turns(positions, torch.float32)
 
 
 def padded_length(length: int) -> int:

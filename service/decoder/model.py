@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.decoder.layers import QKNorm, make_feed_forward, make_head_norm, make_norm
-from service.decoder.rotary import Angles, RotaryPositions, rotate
+from service.decoder.rotary import RotaryPositions, Turns, rotate
 from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
+
+Gates = tuple[Tensor, Tensor]  # tanh of a block's two gates, [D or 1]
 
 
 class Attention(Protocol):
@@ -54,16 +56,26 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """input_ids and positions int64 [N] -> hidden states before the head [N, D]."""
         x = self.embed_tokens(input_ids)  # (N, D)
-        hidden: Tensor = self.norm(self.forward_layers(x, self.rotary.angles(positions, x.dtype), attention))
+        hidden: Tensor = self.norm(self.forward_layers(x, self.rotary.turns(positions, x.dtype), attention))
         return hidden
 
-    def forward_layers(self, x: Tensor, angles: Angles, attention: Attention, first_layer: int = 0) -> Tensor:
+    def forward_layers(self, x: Tensor, turns: Turns, attention: Attention, first_layer: int = 0) -> Tensor:
         """The layers from `first_layer` on, each after its gated block if it has one. [N, D] -> [N, D]."""
+        gates = self.gates()
         for index in range(first_layer, self.config.num_layers):
             if str(index) in self.cross_layers:
-                x = self.cross_layers[str(index)](x, attention)
-            x = self.layers[index](x, angles, attention)
+                x = self.cross_layers[str(index)](x, attention, gates[index])
+            x = self.layers[index](x, turns, attention)
         return x
+
+    def gates(self) -> dict[int, Gates]:
+        """Of every gated block by its layer, in two kernels for all of them."""
+        blocks = cast("list[GatedCrossAttentionBlock]", list(self.cross_layers.values()))
+        if not blocks:
+            return {}
+        gates = torch.stack([gate for block in blocks for gate in (block.attn_gate, block.ffn_gate)]).tanh()
+        pairs = gates.unflatten(0, (-1, 2))  # (X, 2, D or 1)
+        return {block.index: (pairs[place, 0], pairs[place, 1]) for place, block in enumerate(blocks)}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> fp32 [N, num_logits]."""
@@ -98,15 +110,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config.norm, config.width)
         self.mlp = make_feed_forward(config.feed_forward, config.width)
 
-    def forward(self, x: Tensor, angles: Angles, attention: Attention) -> Tensor:
-        x = x + self.attend(self.input_layernorm(x), angles, attention)
+    def forward(self, x: Tensor, turns: Turns, attention: Attention) -> Tensor:
+        x = x + self.attend(self.input_layernorm(x), turns, attention)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
-    def attend(self, x: Tensor, angles: Angles, attention: Attention) -> Tensor:
+    def attend(self, x: Tensor, turns: Turns, attention: Attention) -> Tensor:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_width)  # (N, H+2K, C)
         qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = rotate(self.qk_norm(qk), angles).split((self.num_heads, self.num_kv_heads), dim=1)
+        q, k = rotate(self.qk_norm(qk), turns).split((self.num_heads, self.num_kv_heads), dim=1)
         out: Tensor = self.o_proj(attention.self_attention(self.index, q, k, v))
         return out
 
@@ -114,8 +126,8 @@ class DecoderLayer(nn.Module):
 class ParallelDecoderLayer(DecoderLayer):
     """Both read the layer's input, and are added to it together. Source: GPT-NeoX (arXiv 2204.06745) §2.1."""
 
-    def forward(self, x: Tensor, angles: Angles, attention: Attention) -> Tensor:
-        attended = self.attend(self.input_layernorm(x), angles, attention)
+    def forward(self, x: Tensor, turns: Turns, attention: Attention) -> Tensor:
+        attended = self.attend(self.input_layernorm(x), turns, attention)
         out: Tensor = x + attended + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -141,18 +153,20 @@ class GatedCrossAttentionBlock(nn.Module):
         self.mlp = make_feed_forward(config.feed_forward, width)
         self.ffn_gate = nn.Parameter(torch.zeros(gate_width))
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention, gates: Gates | None = None) -> Tensor:
+        """`gates`: those of this block, if they were made for all blocks together."""
+        gates = (self.attn_gate.tanh(), self.ffn_gate.tanh()) if gates is None else gates
         if self.unseen is Unseen.SKIP_BLOCK:
-            return torch.where(attention.sees, self.block(x, attention), x) if attention.any_sees else x
-        return self.block(x, attention)
+            return torch.where(attention.sees, self.block(x, attention, gates), x) if attention.any_sees else x
+        return self.block(x, attention, gates)
 
-    def block(self, x: Tensor, attention: Attention) -> Tensor:
+    def block(self, x: Tensor, attention: Attention, gates: Gates) -> Tensor:
+        attn_gate, ffn_gate = gates
         if attention.any_sees:
             q = self.q_proj(self.input_layernorm(x)).view(-1, self.num_heads, self.head_width)  # (N, H, C)
             attended = attention.cross_attention(self.index, self.q_norm(q))
-            x = x + self.attn_gate.tanh() * self.o_proj(attended)
-        out: Tensor = x + self.ffn_gate.tanh() * self.mlp(self.post_attention_layernorm(x))
-        return out
+            x = torch.addcmul(x, attn_gate, self.o_proj(attended))
+        return torch.addcmul(x, ffn_gate, self.mlp(self.post_attention_layernorm(x)))
 
     def project_image(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """[..., R, E] -> K and V, each [..., R, K, C]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from service.families.parts import Llama3Scaling, Rotary
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, each [N, 1, rotated width]
+Turns = Tensor  # ((cos, -sin), (sin, cos)) of each pair of numbers, [N, 1, 2, 2, rotated width / 2]
 
 
 class RotaryPositions:
@@ -21,6 +22,12 @@ class RotaryPositions:
     def __init__(self, config: Rotary) -> None:
         self.config = config
         self._frequencies: Tensor | None = None
+
+    def turns(self, positions: Tensor, dtype: torch.dtype) -> Turns:
+        """int64 [N] -> what `rotate` needs, the same in every layer."""
+        cos, sin = (part.chunk(2, dim=-1)[0] for part in self.angles(positions, dtype))  # (N, 1, width/2)
+        turns: Turns = torch.stack((cos, -sin, sin, cos), dim=2).unflatten(2, (2, 2))
+        return turns
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """int64 [N] -> cos and sin of the angle of each number that is turned."""
@@ -46,10 +53,9 @@ def _scaled(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
     return (1 - kept) * plain / scaling.factor + kept * plain
 
 
-def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turn each half-pair of the first numbers of [N, H, C], as many as there are angles for."""
-    cos, sin = angles
-    turned, rest = x.tensor_split((cos.shape[-1],), dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] > 0 else turned
+def rotate(x: Tensor, turns: Turns) -> Tensor:
+    """Turn each half-pair of the first numbers of [N, H, C], as many as there are turns for: a product and a sum."""
+    width = 2 * turns.shape[-1]
+    products = x[..., :width].unflatten(-1, (1, 2, -1)) * turns  # (N, H, 2, 2, width/2)
+    turned = (products[..., 0, :] + products[..., 1, :]).flatten(-2)  # (N, H, width)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

@@ -61,10 +61,12 @@ def test_heads_are_turned_as_gpt_neox_turns_them(width: int) -> None:
     torch.manual_seed(0)
     positions = torch.tensor([0, 5, 31])
     x = torch.randn(3, 2, 16)
-    cos, sin = angles = RotaryPositions(Rotary(1e4, width)).angles(positions, torch.float32)
+    rotary = RotaryPositions(Rotary(1e4, width))
+    cos, sin = rotary.angles(positions, torch.float32)
+    turned = rotate(x, rotary.turns(positions, torch.float32))
     expected, _ = apply_rotary_pos_emb(x, x, cos[:, 0], sin[:, 0])
-    torch.testing.assert_close(rotate(x, angles), expected)
-    assert torch.equal(rotate(x, angles)[..., width:], x[..., width:])
+    torch.testing.assert_close(turned, expected)
+    assert torch.equal(turned[..., width:], x[..., width:])
 
 
 def test_frequencies_do_not_lose_precision_with_the_model() -> None:
