@@ -10,7 +10,8 @@ R latents of a tile · D text width · E vision width · H query heads · K KV h
                       a picture's rows stand together, in the order of its tiles, and a key has always as many) ·
                       `latents_checkpoint` UINT8 [S, 32], the identity of the encoder that made each row ·
                       `config` UINT8 [32], of the checkpoint by whose files the gateway made the prompt ·
-                      `sampling` UINT8 [n], UTF-8 JSON of SamplingParams
+                      `sampling` UINT8 [n], UTF-8 JSON of SamplingParams ·
+                      `cache_salt` UINT8 [32], if nobody with another salt, or none, is to share its cached prefix
                       It refuses what another checkpoint has made: OtherCheckpoint.
                   out `token_ids` INT32 [n] · `event` UINT8 [m], UTF-8 JSON of TokenEvent without its token ids
                   Inputs whose first axis would be 0 are left out. JSON travels as UINT8 and not as BYTES, because the
@@ -156,13 +157,15 @@ class ValidRequest:
     """A request past every check: what the fused decoder needs, less the latents.
 
     `image_positions[t]` is the index in `input_ids` of the image token of picture t, ascending; `image_keys[t]` its
-    content key (64 hex digits). The same key may stand several times.
+    content key (64 hex digits). The same key may stand several times. `cache_salt`: 32 bytes, or none; requests share
+    cached prefixes with those of the same alone. Their pictures they share by key, so the salt is in the keys already.
     """
 
     input_ids: tuple[int, ...]
     image_keys: tuple[str, ...] = ()
     image_positions: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: bytes = b""
 
 
 def _is_integer(value: object) -> bool:

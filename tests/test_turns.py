@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,10 @@ def test_a_long_turn_lets_the_other_in_after_its_share(file: Path, start: Callab
     start(compute_in_layers, file, intervals, ready)
     steps, layers = sorted((intervals.get(timeout=60), intervals.get(timeout=60)), key=len)
     assert overlap(steps, layers) == 0
-    gaps = [after[0] - before[1] for before, after in zip(steps, steps[1:], strict=False) if after[0] < layers[-1][1]]
-    within = [sum(before[1] <= layer[0] < after[0] for layer in layers) for before, after in zip(steps, steps[1:])]
-    assert max(within) <= 10 * SHARE + 2
-    assert sorted(within)[len(within) // 2 - 3] >= 5 or len(gaps) < NUM_TURNS / 2  # and a good part of its share
+    within = [sum(before[1] <= layer[0] < after[0] for layer in layers) for before, after in pairwise(steps)]
+    shares = sorted(share for share in within if share)  # the layers may begin late and end early
+    assert len(shares) >= 8
+    assert 8 <= shares[len(shares) // 2] <= 10 * SHARE + 2
 
 
 def test_whoever_is_alone_waits_for_nobody(file: Path) -> None:
@@ -141,11 +142,14 @@ def test_one_that_is_stopped_is_waited_for_once(file: Path, start: Callable[...,
     assert time.monotonic() - start_s < 0.5
     process.kill()
     process.join()
-    with turns.turn(), pytest.raises(AssertionError):  # free again, it is held again: another waits
-        other = Turns(file)
-        other._is_stuck = True
-        other._take()
-        assert other._is_stuck is False
+    with turns.turn():  # and from now on it waits again
+        ready = SPAWN.Barrier(2)
+        start(compute, file, SPAWN.Queue(), ready)
+        ready.wait(timeout=60)
+        time.sleep(0.3)
+    start_s = time.monotonic()
+    with turns.turn():
+        assert TURN_S / 2 <= time.monotonic() - start_s < TIMEOUT_S / 2
 
 
 def test_a_turn_ends_with_an_error_in_it(file: Path) -> None:

@@ -37,6 +37,7 @@ class Sequence:
         self.token_ids = list(request.input_ids)
         self.num_prompt_tokens = len(request.input_ids)
         self.image_keys = request.image_keys
+        self.cache_salt = request.cache_salt
         self.latents = latents
         self.image_pages: dict[str, tuple[int, ...]] = {}  # held pages by key; empty until admitted
         self.block_table: list[int] = []
@@ -86,7 +87,7 @@ class Sequence:
         for index in range(len(self._hashes), count):
             span = slice(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
             keys = [tuple(self.image_keys[ordinal] for ordinal in sight) for sight in self._sights[span]]
-            previous = self._hashes[-1] if self._hashes else b""
+            previous = self._hashes[-1] if self._hashes else self.cache_salt
             self._hashes.append(hash_block(previous, self.token_ids[span], keys))
         return self._hashes[:count]
 

@@ -12,6 +12,7 @@ from service.decoder.kv_blocks import BLOCK_SIZE
 from service.decoder.page_pool import PageShape
 from service.errors import InvalidRequest
 from service.families.family import DecoderConfig
+from service.memory import free_host_bytes
 
 CPU_STEP_TOKENS = 512
 # Beside 8 that decode, steps then take about twice as long, far into a long prompt three times, since a chunk attends
@@ -69,7 +70,7 @@ class DecoderSettings:
         contexts or 16,384 pictures could use.
         """
         on_gpu = self.device != "cpu"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_host_bytes()
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_host_bytes()
         dtype = DTYPES[self.dtype]
         blocks_share, pages_share = (0.6, 0.2) if on_gpu else (0.2, 0.05)
         blocks = int(free * blocks_share) // (PageShape.of_text(config).num_values * dtype.itemsize)
@@ -85,7 +86,3 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
     if not text.isdecimal() or int(text) == 0:
         raise InvalidRequest(f"{name} must be a positive integer.", param=name)
     return int(text)
-
-
-def _free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

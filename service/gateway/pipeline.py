@@ -86,8 +86,9 @@ class Pipeline:
                     record.admitted = True
                     clock.admitted()
                     self._tracing.passed("admission", clock.waited_s)
-                    pictures = await self._pictures.read(question.pictures)
+                    pictures = await self._pictures.read(question.pictures, record.cache_salt)
                     request = await self._prompts.build(question, tuple(picture.key for picture in pictures))
+                    request = dataclasses.replace(request, cache_salt=record.cache_salt)
                 question.drop()
                 record.prompt_tokens, record.completion_tokens = len(request.input_ids), 0
                 pixels = {picture.key: picture.pixels for picture in pictures}

@@ -42,6 +42,7 @@ class Settings(BaseSettings):
 
     api_keys: SecretStr = SecretStr("")  # NAME:KEY or KEY, separated by commas; none at all: no authentication
     api_keys_file: Path | None = None  # one a line, with comments; looked at again when it changes
+    isolate_keys: bool = False  # each key has its own cached pictures and prefixes
 
     max_images: int = Field(16, ge=0)  # of one request
     max_image_bytes: int = Field(10 << 20, ge=1)  # of one picture's file
@@ -79,6 +80,15 @@ class Settings(BaseSettings):
     latents_cache_bytes: int = Field(64 << 20, ge=0)
     max_resident_keys: int = Field(4096, ge=0)  # pictures that we remember the decoder to hold
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @field_validator("isolate_keys")
+    @classmethod
+    def _has_keys_to_isolate(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not (
+            info.data.get("api_keys", SecretStr("")).get_secret_value() or info.data.get("api_keys_file")
+        ):
+            raise ValueError("there are no keys: set CROSSGATE_API_KEYS or CROSSGATE_API_KEYS_FILE")
+        return value
 
     @field_validator("max_inflight_body_bytes")
     @classmethod

@@ -117,6 +117,20 @@ def test_cached_pictures_and_prefixes_do_not_change_greedy_tokens(world: World, 
             assert usage[index].cached_prompt_tokens == ((len(request.input_ids) - 1) // 16 * 16 if repeat else 0)
 
 
+def test_a_prefix_is_cached_for_those_of_the_same_salt_alone(world: World, expected: dict[int, list[int]]) -> None:
+    engine = world.engine()
+    index = 4  # without pictures
+    request, pictures = world.requests[index]
+    cached = {}
+    for asker, salt in enumerate((b"s" * 32, b"t" * 32, b"", b"s" * 32, b"t" * 32, b"")):
+        add(engine, asker, dataclasses.replace(request, cache_salt=salt), world.stage, pictures)
+        (events,) = drain(engine).values()
+        assert tokens(events) == expected[index]
+        cached[asker] = events[-1].usage.cached_prompt_tokens
+    whole_blocks = (len(request.input_ids) - 1) // 16 * 16
+    assert whole_blocks > 0 and list(cached.values()) == [0, 0, 0, whole_blocks, whole_blocks, whole_blocks]
+
+
 def test_a_resident_picture_needs_no_latents(world: World, expected: dict[int, list[int]]) -> None:
     engine = world.engine()
     request, _ = world.requests[3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.contract import SamplingParams, Timings, Usage, ValidRequest
@@ -73,6 +75,15 @@ def test_blocks_are_hashed_in_a_chain_with_the_keys_that_each_token_sees() -> No
     assert sequence.block_hashes(0) == []
     assert sequence.block_hashes(2) == [first, second]
     assert sequence.block_hashes(1) == [first], "also when more are known"
+
+
+def test_a_salt_is_the_root_of_the_chain_so_no_block_is_found_with_another_one() -> None:
+    request = ValidRequest(tuple(range(100, 100 + 2 * BLOCK_SIZE)), ("a",), (3,))
+    salts = (b"", b"s" * 32, b"t" * 32)
+    chains = [Sequence(3, replace(request, cache_salt=salt), {}, see, 10.0, 77).block_hashes(2) for salt in salts]
+    assert len({block_hash for chain in chains for block_hash in chain}) == 6
+    again = Sequence(4, replace(request, cache_salt=salts[1]), {}, see, 11.0, 78)
+    assert again.block_hashes(2) == chains[1]
 
 
 def test_blocks_of_generated_tokens_have_the_hashes_of_the_same_prompt() -> None:

@@ -48,6 +48,8 @@ def test_the_stages_variables_are_known_and_others_are_errors(monkeypatch: pytes
         ("CROSSGATE_CLIENT_TIMEOUT_S", "70000"),
         ("CROSSGATE_PING_INTERVAL_S", "1e-9"),
         ("CROSSGATE_PICTURE_WORKERS", "1000000"),
+        ("CROSSGATE_ISOLATE_KEYS", "perhaps"),
+        ("CROSSGATE_ISOLATE_KEYS", "true"),  # there are no keys
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_variable(
@@ -57,6 +59,13 @@ def test_a_wrong_value_is_one_line_that_names_the_variable(
     with pytest.raises(InvalidRequest) as caught:
         load_settings()
     assert caught.value.param == name and name in caught.value.message and "\n" not in caught.value.message
+
+
+def test_keys_can_be_isolated_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not load_settings().isolate_keys
+    monkeypatch.setenv("CROSSGATE_ISOLATE_KEYS", "true")
+    monkeypatch.setenv("CROSSGATE_API_KEYS_FILE", "keys")
+    assert load_settings().isolate_keys
 
 
 def test_keys_are_no_part_of_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,9 @@ def read_request(message: Any) -> tuple[ValidRequest, dict[str, Latents], str]:
             keys[index]: Latents(stacked[number], makers[32 * number : 32 * number + 32])
             for number, index in enumerate(ints("latent_index"))
         }
-    request = ValidRequest(ints("input_ids"), keys, ints("image_positions"), sampling)
+    request = ValidRequest(
+        ints("input_ids"), keys, ints("image_positions"), sampling, raw.get("cache_salt", (None, b""))[1]
+    )
     return request, latents, raw["config"][1].hex()
 
 

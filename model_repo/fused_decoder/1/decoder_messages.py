@@ -31,6 +31,7 @@ def read_request(request: Any, max_positions: int) -> tuple[ValidRequest, torch.
         image_keys=tuple(bytes(key).hex() for key in _integers(request, "image_keys", max_positions)),
         image_positions=tuple(_integers(request, "image_positions", max_positions)),
         sampling=SamplingParams.from_json(bytes(_integers(request, "sampling", MAX_SAMPLING_BYTES))),
+        cache_salt=bytes(_integers(request, "cache_salt", 32)),
     )
     latents = _tensor(request, "latents", max_positions)  # several rows a picture; the engine knows how many fit
     return valid, latents, _integers(request, "latent_index", max_positions)

@@ -45,6 +45,7 @@ class TritonPythonModel:
             ("latent_index", "TYPE_INT32", [-1], True),
             ("latents_checkpoint", "TYPE_UINT8", [-1, 32], True),
             ("config", "TYPE_UINT8", [32], False),
+            ("cache_salt", "TYPE_UINT8", [32], True),
         ):
             config.add_input({"name": name, "data_type": data_type, "dims": dims, "optional": optional})
         config.add_output({"name": "token_ids", "data_type": "TYPE_INT32", "dims": [-1]})

@@ -84,6 +84,12 @@ class KeyRing:
             self._look = None
 
 
+def cache_salt(key: str) -> bytes:
+    """What keeps a key's cached pictures and prefixes apart. Made of the key alone, so that all gateways agree, and not
+    what `KeyRing` compares."""
+    return hashlib.sha256(b"cache salt\0" + key.encode()).digest()
+
+
 def _read(file: Path) -> bytes:
     """At most so much that it is seen to be too large."""
     try:

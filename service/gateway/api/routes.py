@@ -33,7 +33,9 @@ def model_routes(
     created: int,
 ) -> APIRouter:
     """`keys` None: the door is open."""
-    router = APIRouter(prefix="/v1", dependencies=[] if keys is None else [Depends(key_check(keys))])
+    router = APIRouter(
+        prefix="/v1", dependencies=[] if keys is None else [Depends(key_check(keys, isolate=settings.isolate_keys))]
+    )
     served_name = settings.served_name
     card = {"id": served_name, "object": "model", "created": created, "owned_by": "crossgate"}
 

@@ -1,4 +1,4 @@
-"""The name by which gateway and decoder know a picture."""
+"""The name by which gateway and decoder know a picture: who has another name for it does not find it cached."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def picture_key(pixels: NDArray[np.uint8], identity: str) -> str:
     digest = hashlib.sha256(f"{identity}\0{pixels.dtype.str}\0{pixels.shape}\0".encode())
     digest.update(pixels.tobytes())
     return digest.hexdigest()
+
+
+def salted_key(key: str, salt: bytes) -> str:
+    """The key of the same picture among those who have this salt; without one, the key itself."""
+    return hashlib.sha256(salt + bytes.fromhex(key)).hexdigest() if salt else key

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from service.errors import InvalidRequest, TooLarge
 from service.families import Family
 from service.gateway.pictures.decode import PictureLimits
+from service.gateway.pictures.key import salted_key
 from service.gateway.pictures.worker import Setup
 from service.gateway.pictures.workers import Workers
 from service.gateway.question import PictureSource
@@ -27,7 +28,7 @@ MAX_HEADER = 1000  # characters of a data URL before its comma
 
 @dataclass(frozen=True)
 class Picture:
-    """`key`: 64 hex digits over the pixels and the model. `pixels`: uint8 [3, H, W] RGB."""
+    """`key`: 64 hex digits over the pixels, the model and the asker's salt. `pixels`: uint8 [3, H, W] RGB."""
 
     key: str
     pixels: NDArray[np.uint8]
@@ -44,8 +45,8 @@ class PictureReader:
         self._max_wait_s = max_wait_s
         self.workers = Workers(setup, num_workers=num_workers, timeout_s=timeout_s)
 
-    async def read(self, sources: tuple[PictureSource, ...]) -> list[Picture]:
-        """In the order of `sources`. When one is refused the others are given up.
+    async def read(self, sources: tuple[PictureSource, ...], salt: bytes = b"") -> list[Picture]:
+        """In the order of `sources`. When one is refused the others are given up. `salt`: of their keys; none: shared.
 
         Raises InvalidRequest or TooLarge naming the picture's field, Overloaded, or Unavailable.
         """
@@ -53,14 +54,14 @@ class PictureReader:
             source = sources[self._limits.max_images]
             raise TooLarge(f"A request takes at most {self._limits.max_images} pictures.", param=source.field)
         asker = object()
-        tasks = [asyncio.create_task(self._read_one(asker, source)) for source in sources]
+        tasks = [asyncio.create_task(self._read_one(asker, source, salt)) for source in sources]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _read_one(self, asker: object, source: PictureSource) -> Picture:
+    async def _read_one(self, asker: object, source: PictureSource, salt: bytes) -> Picture:
         content = source.content
         is_url = isinstance(content, str)
         start = payload_start(content, source.field) if isinstance(content, str) else 0
@@ -77,7 +78,8 @@ class PictureReader:
                 kind = TooLarge if answer["code"] == TooLarge.code else InvalidRequest
                 raise kind(answer["message"], param=source.field)
             if "key" in answer:
-                return Picture(answer["key"], np.frombuffer(body, np.uint8).reshape(answer["shape"]))
+                pixels = np.frombuffer(body, np.uint8).reshape(answer["shape"])
+                return Picture(salted_key(answer["key"], salt), pixels)
             heavy_bytes = answer["heavy_bytes"]
 
 

@@ -203,6 +203,8 @@ def decoder_message(
         makers = b"".join(each.checkpoint for each in latents.values())
         _add_input(message, "latents_checkpoint", "UINT8", (len(latents), 32), makers)
     _add_input(message, "config", "UINT8", (32,), config)
+    if request.cache_salt:
+        _add_input(message, "cache_salt", "UINT8", (32,), request.cache_salt)
     sampling = request.sampling.to_json().encode()
     _add_input(message, "sampling", "UINT8", (len(sampling),), sampling)
     return message

@@ -13,13 +13,15 @@ _TOLD = ("key", "streamed", "finish_reason", "prompt_tokens", "completion_tokens
 
 @dataclass
 class Record:
-    """`key`: the caller's name. `admitted`: it had a place. `left`: the client went before the end.
+    """`key`: the caller's name. `cache_salt`: the caller's, if callers share no caches; never told. `admitted`: it had
+    a place. `left`: the client went before the end.
 
     `cached_pictures`: distinct ones whose K/V the decoder had; `timings`: milliseconds by name.
     """
 
     request_id: str
     key: str | None = None
+    cache_salt: bytes = b""
     streamed: bool | None = None
     admitted: bool = False
     left: bool = False

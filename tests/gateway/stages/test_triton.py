@@ -31,7 +31,7 @@ from tests.gateway.triton_server import FakeTriton
 
 pytestmark = pytest.mark.asyncio
 KEYS = ("a" * 64, "b" * 64)
-REQUEST = ValidRequest((7, 9, 7, 7), (*KEYS, KEYS[0]), (0, 2, 3), SamplingParams(max_tokens=9, seed=3))
+REQUEST = ValidRequest((7, 9, 7, 7), (*KEYS, KEYS[0]), (0, 2, 3), SamplingParams(max_tokens=9, seed=3), b"s" * 32)
 SCRIPT = (11, 12, 13, 14)
 CONFIG = "cd" * 32
 
@@ -71,6 +71,7 @@ async def test_a_request_crosses_the_wire_whole() -> None:
         assert fake.metadata[0]["x-image-key"] == KEYS[0]
         await everything(client, ValidRequest((1, 2)))
         assert "x-image-key" not in fake.metadata[1]
+        assert fake.backend.requests[1].cache_salt == b""
     assert events[0].token_ids == SCRIPT[:1] and events[0].finish_reason is None
     assert [token for event in events for token in event.token_ids] == list(SCRIPT)
     assert events[-1].finish_reason == "stop"
