@@ -143,8 +143,8 @@ def test_one_that_is_stopped_is_waited_for_once(file: Path, start: Callable[...,
     process.kill()
     process.join()
     with turns.turn():  # and from now on it waits again
-        ready = SPAWN.Barrier(2)
-        start(compute, file, SPAWN.Queue(), ready)
+        ready, intervals = SPAWN.Barrier(2), SPAWN.Queue()
+        start(compute, file, intervals, ready)
         ready.wait(timeout=60)
         time.sleep(0.3)
     start_s = time.monotonic()
