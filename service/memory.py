@@ -10,22 +10,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def total_host_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """The host's memory, or the lowest limit of a cgroup (v1 or v2) that this process is in."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([host, *(limit for limit, _ in _limits(cgroups, membership))])
-
-
 def free_host_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """What is free on the host, but no more than what is left of each limit. Never below 0."""
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, min([host, *(limit - held for limit, held in _limits(cgroups, membership))]))
-
-
-def process_bytes() -> int:
-    """What this process holds of it."""
-    resident_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:

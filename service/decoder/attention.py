@@ -78,16 +78,18 @@ class Group:
     used: int  # the most that a set uses
     mask: Tensor | None  # [G, 1, n or 1, used], added to scores: 0 where a row sees, -inf where not
     is_causal: bool  # in place of a mask where sets start their sequences
-    _gathered: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _gathered: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def gather(self, k_or_v: str, pages: Tensor) -> Tensor:
         """One layer's pages, [G * pages, page size, K, C], valid until the next layer's are gathered to the same place:
-        memory fresh from the system takes longer than the copy."""
+        memory fresh from the system takes longer than the copy. All layers in inference mode, or none.
+        """
         if isinstance(self.pages, slice):
             return pages[self.pages]
-        if k_or_v not in self._gathered:
-            self._gathered[k_or_v] = pages.new_empty(len(self.pages), *pages.shape[1:])
-        return torch.index_select(pages, 0, self.pages, out=self._gathered[k_or_v])
+        place = (k_or_v, pages.shape[1:])
+        if place not in self._gathered:
+            self._gathered[place] = pages.new_empty(len(self.pages), *pages.shape[1:])
+        return torch.index_select(pages, 0, self.pages, out=self._gathered[place])
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,10 @@ class EngineLoop:
                 self._turn()
         except BaseException as error:
             logger.critical("the decoder cannot go on; its process ends: %r", error, exc_info=True)
-            self._leave("The decoder failed and is started anew.", under_way=StageLost)
-            self._end()
+            try:
+                self._leave("The decoder failed and is started anew.", under_way=StageLost)
+            finally:  # even if it cannot be told
+                self._end()
         else:
             self._leave("The decoder is shutting down.", under_way=Unavailable)
 

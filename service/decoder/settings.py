@@ -15,8 +15,8 @@ from service.families.family import DecoderConfig
 from service.memory import free_host_bytes
 
 CPU_STEP_TOKENS = 512
-# Beside 8 that decode, steps then take about twice as long, far into a long prompt three times, since a chunk attends
-# to all before it; with 512 they would take twenty times as long.
+# Beside 8 that decode, steps then take two to three times as long, anywhere in a prompt, since the scheduler counts
+# what a token attends to; with 512 they would take twenty times as long.
 CPU_PREFILL_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -271,3 +271,11 @@ def test_every_step_is_made_in_a_turn_of_its_own_even_one_that_fails() -> None:
         assert client.last
     loop.close()
     assert turns == ["begins", "ends"] * 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_process_ends_even_if_nobody_can_be_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.engine.on_step = Broken("nothing works")
+    monkeypatch.setattr(world.loop, "_leave", lambda *_, **__: raise_if(KeyError(7)))
+    world.ask()
+    assert world.process_ended
