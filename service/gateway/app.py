@@ -92,7 +92,9 @@ def create_app(
         on_encoded=metrics.encode.observe,
     )
     deadlines = Deadlines(settings.first_token_timeout_s, settings.inter_token_timeout_s, settings.restart_wait_s)
-    heartbeat = Heartbeat(backend.ready, period_s=settings.heartbeat_period_s, timeout_s=settings.heartbeat_timeout_s)
+    heartbeat = Heartbeat(
+        backend.ready, backend.heard, period_s=settings.heartbeat_period_s, timeout_s=settings.heartbeat_timeout_s
+    )
     pipeline = Pipeline(
         admission,
         pictures,

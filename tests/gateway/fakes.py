@@ -106,6 +106,9 @@ class FakeBackend:
                 yield TokenEvent(tokens[start:], reason, usage, timings)
             start = end
 
+    def heard(self) -> bool:
+        return False
+
     async def ready(self) -> bool:
         self.num_beats += 1
         return self.is_ready

@@ -23,7 +23,7 @@ def probe_routes(admission: Admission, heartbeat: Heartbeat, metrics: Metrics) -
 
     @router.get("/readyz")
     async def readyz() -> Response:
-        """Ready: not draining, and both models really answered the last heartbeat."""
+        """Ready: not draining, and both models answered the last heartbeat, or somebody since."""
         if admission.draining:
             error = Unavailable("The server is shutting down.")
         elif not await heartbeat.ready():

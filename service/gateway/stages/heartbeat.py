@@ -14,10 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """`ask`: one beat; ends within `timeout_s`. A result is good for three periods and one more beat."""
+    """`ask`: one beat; ends within `timeout_s`. A result is good for three periods and one more beat.
 
-    def __init__(self, ask: Callable[[], Awaitable[bool]], *, period_s: float, timeout_s: float) -> None:
-        self._ask = ask
+    `heard`: whether all models have answered somebody just now. Then they are alive, whatever the last beat met.
+    """
+
+    def __init__(
+        self, ask: Callable[[], Awaitable[bool]], heard: Callable[[], bool], *, period_s: float, timeout_s: float
+    ) -> None:
+        self._ask, self._heard = ask, heard
         self._period_s = period_s
         self._timeout_s = timeout_s
         self._max_age_s = 3 * period_s + timeout_s
@@ -40,7 +45,9 @@ class Heartbeat:
             await asyncio.sleep(self._period_s)
 
     async def ready(self) -> bool:
-        """The last result; False if it is old. Waits for the first one."""
+        """The last result, if nothing newer is known; False if it is old. Waits for the first one."""
+        if self._heard():
+            return True
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._first.wait()

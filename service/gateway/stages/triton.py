@@ -58,6 +58,10 @@ class Backend(Protocol):
         """Events up to the one with a finish reason. `latents`: by key, of the pictures sent along. aclose cancels."""
         ...
 
+    def heard(self) -> bool:
+        """Whether both models have answered anything just now. Asks nobody."""
+        ...
+
     async def ready(self) -> bool:
         """Whether both models really answer."""
         ...
@@ -131,6 +135,12 @@ class TritonBackend:
             finally:
                 call.cancel()  # nothing happens if the stream has ended
 
+    def heard(self) -> bool:
+        return all(map(self._is_fresh, (VISION_ENCODER, FUSED_DECODER)))
+
+    def _is_fresh(self, model: str) -> bool:
+        return time.monotonic() - self._heard.get(model, -np.inf) < FRESH_S
+
     async def ready(self) -> bool:
         answers = await asyncio.gather(self._answers(VISION_ENCODER), self._answers(FUSED_DECODER))
         return all(answers)
@@ -155,7 +165,7 @@ class TritonBackend:
         return service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
     async def _answers(self, model: str) -> bool:
-        if time.monotonic() - self._heard.get(model, -np.inf) < FRESH_S:
+        if self._is_fresh(model):
             return True
         stub = self._heartbeat_stub
         try:

@@ -19,6 +19,7 @@ class Models:
     def __init__(self, *answers: bool | Exception) -> None:
         self.answers = list(answers)
         self.num_asked = 0
+        self.was_heard = False  # by others than the heartbeat
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -33,7 +34,7 @@ class Models:
 
 @asynccontextmanager
 async def beating(models: Models, *, period_s: float, timeout_s: float = 20.0) -> AsyncIterator[Heartbeat]:
-    heartbeat = Heartbeat(models.ask, period_s=period_s, timeout_s=timeout_s)
+    heartbeat = Heartbeat(models.ask, lambda: models.was_heard, period_s=period_s, timeout_s=timeout_s)
     running = asyncio.create_task(heartbeat.run())
     try:
         yield heartbeat
@@ -76,3 +77,14 @@ async def test_a_result_that_is_old_is_none() -> None:
         models.gate.clear()
         await asyncio.sleep(1.0)
         assert not await heartbeat.ready()
+
+
+async def test_models_that_answer_others_are_ready_before_the_next_beat_and_not_after_they_fell_silent() -> None:
+    models = Models(False)
+    async with beating(models, period_s=60) as heartbeat:
+        assert not await heartbeat.ready()
+        models.was_heard = True
+        assert await heartbeat.ready()
+        models.was_heard = False
+        assert not await heartbeat.ready()
+    assert models.num_asked == 1

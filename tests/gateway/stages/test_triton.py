@@ -352,3 +352,12 @@ async def silencer(target: int) -> AsyncIterator[tuple[int, Callable[[], None]]]
             writer.close()
             with suppress(ConnectionError):
                 await writer.wait_closed()
+
+
+async def test_both_models_are_heard_once_both_have_answered() -> None:
+    async with triton() as (client, _):
+        assert not client.heard()
+        await client.encode(np.zeros((3, 8, 8), np.uint8))
+        assert not client.heard()
+        await everything(client, ValidRequest((7,)))
+        assert client.heard()
