@@ -109,6 +109,8 @@ class EngineLoop:
             self._refusal = self._refusal or "The decoder is shutting down."
             self._wake.notify()
         self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.error("the decoder's thread did not end within %g s; its requests may not have been told", timeout_s)
 
     def _start(self, make_engine: Callable[[], Engine], made: Future[Engine]) -> None:
         try:
