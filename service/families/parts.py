@@ -107,7 +107,7 @@ def as_rotary(config: dict[str, Any], head_width: int) -> Rotary:
     share = _positive("partial_rotary_factor", (config | rope).get("partial_rotary_factor", 1.0))
     width = int(head_width * share)
     if width < 2 or width % 2 or width > head_width:
-        raise ValueError(f"rotary positions turn {width} numbers of a head's {head_width}, which cannot be in pairs")
+        raise ValueError(f"rotary positions rotate {width} numbers of a head's {head_width}, which cannot be in pairs")
     rope_type = rope.get("rope_type", rope.get("type"))
     if rope_type == "llama3":
         return Rotary(theta, width, _llama3_scaling(rope))

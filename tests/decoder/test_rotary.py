@@ -59,16 +59,16 @@ def test_angles_equal_llamas_far_into_a_context(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("width", [4, 8, 16])
-def test_heads_are_turned_as_gpt_neox_turns_them(width: int) -> None:
+def test_heads_are_rotated_as_gpt_neox_rotates_them(width: int) -> None:
     torch.manual_seed(0)
     positions = torch.tensor([0, 5, 31])
     x = torch.randn(3, 2, 16)
     rotary = RotaryPositions(Rotary(1e4, width))
     cos, sin = rotary.angles(positions, torch.float32)
-    turned = rotate(x, rotary.turns(positions, torch.float32))
+    rotated = rotate(x, rotary.rotations(positions, torch.float32))
     expected, _ = apply_rotary_pos_emb(x, x, cos[:, 0], sin[:, 0])
-    torch.testing.assert_close(turned, expected)
-    assert torch.equal(turned[..., width:], x[..., width:])
+    torch.testing.assert_close(rotated, expected)
+    assert torch.equal(rotated[..., width:], x[..., width:])
 
 
 def test_frequencies_do_not_lose_precision_with_the_model() -> None:
@@ -116,9 +116,9 @@ def test_llama3_scaling_that_lacks_a_key_or_has_a_wrong_one_is_refused_by_its_na
         ({"rope_theta": "1e4"}, "rope_theta is '1e4', not a positive number"),
         ({"rope_theta": 0}, "rope_theta is 0, not a positive number"),
         ({"partial_rotary_factor": None}, "partial_rotary_factor is None, not a positive number"),
-        ({"partial_rotary_factor": 0.05}, "turn 3 numbers of a head's 64"),
-        ({"partial_rotary_factor": 0.01}, "turn 0 numbers of a head's 64"),
-        ({"partial_rotary_factor": 1.5}, "turn 96 numbers of a head's 64"),
+        ({"partial_rotary_factor": 0.05}, "rotate 3 numbers of a head's 64"),
+        ({"partial_rotary_factor": 0.01}, "rotate 0 numbers of a head's 64"),
+        ({"partial_rotary_factor": 1.5}, "rotate 96 numbers of a head's 64"),
     ],
 )
 def test_rotary_positions_that_make_no_sense_are_refused(config: dict[str, Any], message: str) -> None:
@@ -127,5 +127,5 @@ def test_rotary_positions_that_make_no_sense_are_refused(config: dict[str, Any],
 
 
 def test_heads_of_an_odd_width_are_refused() -> None:
-    with pytest.raises(ValueError, match="turn 15 numbers of a head's 15"):
+    with pytest.raises(ValueError, match="rotate 15 numbers of a head's 15"):
         as_rotary({}, 15)

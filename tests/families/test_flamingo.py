@@ -109,7 +109,7 @@ def test_a_vit_a_longer_context_and_biases_are_values(tmp_path: Path) -> None:
         (("text_config", "rope_scaling"), {"rope_type": "llama3", "factor": 8.0}, "'llama3' need low_freq_factor"),
         (("text_config", "rope_scaling"), "llama3", "rope_scaling is 'llama3', not an object"),
         (("text_config", "rope_scaling"), LLAMA3 | {"factor": "8"}, "factor is '8', not a positive number"),
-        (("text_config", "hidden_size"), 60, "turn 15 numbers of a head's 15, which cannot be in pairs"),
+        (("text_config", "hidden_size"), 60, "rotate 15 numbers of a head's 15, which cannot be in pairs"),
         (("text_config",), "llama", "config.json: "),
         (("vision_config", "resampler"), "perceiver", "config.json: "),
         (("cross_attention_config",), {}, "config.json lacks 'layers'"),
