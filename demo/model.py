@@ -161,10 +161,10 @@ class DemoModel(nn.Module):
             ids = torch.full((size, longest), END_ID)
             for row, sentence in enumerate(chunk):
                 ids[row, : len(sentence)] = torch.tensor(sentence)
-            x, angles = self.decoder.embed_tokens(ids.flatten()), self.rope(size, longest)
+            x, rotations = self.decoder.embed_tokens(ids.flatten()), self.rope(size, longest)
             attention = DenseAttention(size, longest, self.prefix.kv, None)
             for layer in self.decoder.layers[: self.first_gated]:
-                x = layer(x, angles, attention)
+                x = layer(x, rotations, attention)
             for sentence, states in zip(chunk, x.unflatten(0, (size, longest)), strict=False):
                 self.sentences[sentence] = states[: len(sentence)].to(self.head.dtype, copy=True)
         below = torch.zeros(len(sentences), length, self.decoder.config.width)
@@ -174,7 +174,7 @@ class DemoModel(nn.Module):
 
     def rope(self, batch: int, length: int) -> Tensor:
         positions = torch.arange(self.prefix.length, self.prefix.length + length).repeat(batch)
-        return self.decoder.rotary.turns(positions, torch.float32)
+        return self.decoder.rotary.rotations(positions, torch.float32)
 
 
 def padded_length(length: int) -> int:

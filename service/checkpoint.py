@@ -6,7 +6,7 @@ Beside the parameters themselves no more than one published tensor is in memory 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,11 @@ def load_weights(
 ) -> None:
     """Fill a module, which may be on the meta device, from a checkpoint's `*.safetensors`, with or without an index.
 
-    Published tensors that go to one parameter are concatenated along axis 0 in the order of their parts; a tensor
-    with our parameter's element count takes its shape.
+    Published tensors that go to one parameter are concatenated along axis 0 in the order of their parts. Axes of size 1
+    do not count: IDEFICS publishes gates as [1, 1, D], others one number without an axis.
 
-    Raises InvalidRequest naming the first weight that is missing, unknown, broken or of another size, before any is
-    read.
+    Raises InvalidRequest naming the first weight that is missing, in part or whole, there twice, unknown, broken or of
+    another shape, before any is read.
     """
     parts = _parts(folder, target_of)
     wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -60,9 +60,26 @@ def _parts(folder: Path, target_of: Callable[[str], Target | None]) -> dict[str,
     for file in files:
         for piece in _header(file):
             target = target_of(piece.name)
-            if target is not None:
-                parts.setdefault(target.name, {})[target.part] = piece
-    return {name: [pieces[part] for part in sorted(pieces)] for name, pieces in parts.items()}
+            if target is None:
+                continue
+            other = parts.setdefault(target.name, {}).setdefault(target.part, piece)
+            if other is not piece:
+                raise InvalidRequest(
+                    f"The checkpoint {folder} has the weight for {target.name} twice: as {other.name} in "
+                    f"{other.file.name} and as {piece.name} in {file.name}.",
+                    param="MODEL_PATH",
+                )
+    return {name: _in_order(name, pieces) for name, pieces in parts.items()}
+
+
+def _in_order(name: str, pieces: dict[int, Published]) -> list[Published]:
+    missing = set(range(max(pieces))) - set(pieces)
+    if missing:
+        raise InvalidRequest(
+            f"The checkpoint has parts of the weight for {name}, but lacks number {min(missing)}, counted from 0.",
+            param="MODEL_PATH",
+        )
+    return [pieces[part] for part in sorted(pieces)]
 
 
 def _header(file: Path) -> Iterator[Published]:
@@ -92,7 +109,7 @@ def _check(parts: Mapping[str, list[Published]], wanted: Mapping[str, Tensor], f
         if name not in parts:
             raise InvalidRequest(f"The checkpoint {folder} lacks the weight for {name}.", param="MODEL_PATH")
         shape = _joined_shape(name, [piece.shape for piece in parts[name]])
-        if math.prod(shape) != weight.numel():
+        if _without_ones(shape) != _without_ones(weight.shape):
             raise InvalidRequest(
                 f"The checkpoint's weight for {name} has shape {shape}, the config says {tuple(weight.shape)}.",
                 param="MODEL_PATH",
@@ -102,6 +119,10 @@ def _check(parts: Mapping[str, list[Published]], wanted: Mapping[str, Tensor], f
         raise InvalidRequest(
             f"The checkpoint has weights its config does not explain: {unknown[0]}.", param="MODEL_PATH"
         )
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _joined_shape(name: str, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -64,7 +64,17 @@ def test_parts_out_of_order_over_several_files_are_joined_in_their_order(tmp_pat
     torch.testing.assert_close(module.fused.weight, torch.cat((published["q"], published["k"], published["v"])))
     torch.testing.assert_close(module.plain.weight, published["plain"])
     torch.testing.assert_close(module.plain.bias, published["bias"])
-    assert module.gate.shape == (1,) and module.gate.item() == 0.5  # an element count takes our shape
+
+
+@pytest.mark.parametrize(("published", "ours"), [((), (1,)), ((1,), ()), ((1, 1, 6), (6,)), ((4, 6, 1, 1), (4, 6))])
+def test_axes_of_size_one_do_not_count(tmp_path: Path, published: tuple[int, ...], ours: tuple[int, ...]) -> None:
+    """A gate of one number, IDEFICS' vector gates, a 1 × 1 convolution."""
+    weight = torch.randn(published)
+    save_file({"gate": weight}, tmp_path / "model.safetensors")
+    module = nn.Module()
+    module.gate = nn.Parameter(torch.empty(ours, device="meta"))
+    load_weights(module, tmp_path, Target, "cpu", torch.float32)
+    assert module.gate.shape == ours and torch.equal(module.gate.flatten(), weight.flatten())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -92,7 +102,13 @@ def test_weights_stay_when_the_file_is_overwritten(tmp_path: Path) -> None:
     [
         ({"plain": None}, "lacks the weight for plain.weight"),
         ({"v": None}, r"fused.weight has shape \(8, 5\), the config says \(12, 5\)"),
+        ({"q": None}, "parts of the weight for fused.weight, but lacks number 0, counted from 0"),
+        ({"k": None}, "parts of the weight for fused.weight, but lacks number 1, counted from 0"),
         ({"plain": torch.zeros(5, 3)}, r"plain.weight has shape \(5, 3\), the config says \(4, 3\)"),
+        ({"plain": torch.zeros(3, 4)}, r"plain.weight has shape \(3, 4\), the config says \(4, 3\)"),
+        ({"plain": torch.zeros(12)}, r"plain.weight has shape \(12,\), the config says \(4, 3\)"),
+        ({"bias": torch.zeros(2, 2)}, r"plain.bias has shape \(2, 2\), the config says \(4,\)"),
+        ({"plain.weight": torch.zeros(4, 3)}, "plain.weight twice: as plain.* in model.safetensors and as"),
         ({"k": torch.zeros(10, 1)}, r"fused.weight have shapes \(6, 5\), \(10, 1\), \(4, 5\), which do not join"),
         ({"k": torch.tensor(1.0)}, r"fused.weight have shapes \(6, 5\), \(\), \(4, 5\), which do not join"),
         ({"stray": torch.zeros(1)}, "does not explain: stray"),
@@ -107,6 +123,16 @@ def test_a_checkpoint_that_does_not_fit_is_named_in_one_line(
         module = Module()
     with pytest.raises(InvalidRequest, match=message) as error:
         load_weights(module, tmp_path, lambda name: TARGETS.get(name, Target(name)), "cpu", torch.float32)
+    assert error.value.param == "MODEL_PATH" and "\n" not in error.value.message
+
+
+def test_a_weight_that_two_files_hold_is_refused_though_both_say_the_same(tmp_path: Path) -> None:
+    """As in a folder with all weights in one file, and again in several."""
+    save_file(weights(), tmp_path / "model.safetensors")
+    save_file({"k": weights()["k"]}, tmp_path / "model-2.safetensors")
+    twice = r"fused.weight twice: as k in model-2\.safetensors and as k in model\.safetensors"
+    with pytest.raises(InvalidRequest, match=twice) as error:
+        load(tmp_path)
     assert error.value.param == "MODEL_PATH" and "\n" not in error.value.message
 
 

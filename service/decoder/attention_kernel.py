@@ -23,10 +23,10 @@ class Tiles(NamedTuple):
     """How the work is cut. All but the warps and stages are powers of two of at least 16, `split` of `positions`."""
 
     rows: int  # (row, query head) pairs a program
-    positions: int  # of K and V a turn of its loop
+    positions: int  # of K and V an iteration of its loop
     split: int  # positions a program of a span of one row, at most
     num_warps: int
-    num_stages: int  # of its loop. Looking pages up takes two; with 5 two turns' K and V are there at once
+    num_stages: int  # of its loop. Looking pages up takes two; with 5 two iterations' K and V are there at once
 
 
 def tiles_for(q: Tensor, num_spans: int) -> Tiles:

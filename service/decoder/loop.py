@@ -109,6 +109,8 @@ class EngineLoop:
             self._refusal = self._refusal or "The decoder is shutting down."
             self._wake.notify()
         self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.error("the decoder's thread did not end within %g s; its requests may not have been told", timeout_s)
 
     def _start(self, make_engine: Callable[[], Engine], made: Future[Engine]) -> None:
         try:
@@ -123,7 +125,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._turn()
+                self._iterate()
         except BaseException as error:
             logger.critical("the decoder cannot go on; its process ends: %r", error, exc_info=True)
             try:
@@ -140,7 +142,7 @@ class EngineLoop:
                 self._wake.wait()
             return self._refusal is None
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         if not self._outbox.is_alive:
             raise Broken("nobody delivers answers any more")
         for request_id, submission in self._take_submitted():

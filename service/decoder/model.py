@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.decoder.layers import QKNorm, make_feed_forward, make_head_norm, make_norm
-from service.decoder.rotary import RotaryPositions, Turns, rotate
+from service.decoder.rotary import RotaryPositions, Rotations, rotate
 from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
 
 Gates = tuple[Tensor, Tensor]  # tanh of a block's two gates, [D or 1]
@@ -56,16 +56,16 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """input_ids and positions int64 [N] -> hidden states before the head [N, D]."""
         x = self.embed_tokens(input_ids)  # (N, D)
-        hidden: Tensor = self.norm(self.forward_layers(x, self.rotary.turns(positions, x.dtype), attention))
+        hidden: Tensor = self.norm(self.forward_layers(x, self.rotary.rotations(positions, x.dtype), attention))
         return hidden
 
-    def forward_layers(self, x: Tensor, turns: Turns, attention: Attention, first_layer: int = 0) -> Tensor:
+    def forward_layers(self, x: Tensor, rotations: Rotations, attention: Attention, first_layer: int = 0) -> Tensor:
         """The layers from `first_layer` on, each after its gated block if it has one. [N, D] -> [N, D]."""
         gates = self.gates()
         for index in range(first_layer, self.config.num_layers):
             if str(index) in self.cross_layers:
                 x = self.cross_layers[str(index)](x, attention, gates[index])
-            x = self.layers[index](x, turns, attention)
+            x = self.layers[index](x, rotations, attention)
         return x
 
     def gates(self) -> dict[int, Gates]:
@@ -110,15 +110,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = make_norm(config.norm, config.width)
         self.mlp = make_feed_forward(config.feed_forward, config.width)
 
-    def forward(self, x: Tensor, turns: Turns, attention: Attention) -> Tensor:
-        x = x + self.attend(self.input_layernorm(x), turns, attention)
+    def forward(self, x: Tensor, rotations: Rotations, attention: Attention) -> Tensor:
+        x = x + self.attend(self.input_layernorm(x), rotations, attention)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
-    def attend(self, x: Tensor, turns: Turns, attention: Attention) -> Tensor:
+    def attend(self, x: Tensor, rotations: Rotations, attention: Attention) -> Tensor:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_width)  # (N, H+2K, C)
         qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = rotate(self.qk_norm(qk), turns).split((self.num_heads, self.num_kv_heads), dim=1)
+        q, k = rotate(self.qk_norm(qk), rotations).split((self.num_heads, self.num_kv_heads), dim=1)
         out: Tensor = self.o_proj(attention.self_attention(self.index, q, k, v))
         return out
 
@@ -126,8 +126,8 @@ class DecoderLayer(nn.Module):
 class ParallelDecoderLayer(DecoderLayer):
     """Both read the layer's input, and are added to it together. Source: GPT-NeoX (arXiv 2204.06745) §2.1."""
 
-    def forward(self, x: Tensor, turns: Turns, attention: Attention) -> Tensor:
-        attended = self.attend(self.input_layernorm(x), turns, attention)
+    def forward(self, x: Tensor, rotations: Rotations, attention: Attention) -> Tensor:
+        attended = self.attend(self.input_layernorm(x), rotations, attention)
         out: Tensor = x + attended + self.mlp(self.post_attention_layernorm(x))
         return out
 

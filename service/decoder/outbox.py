@@ -101,8 +101,8 @@ class Outbox(Generic[Stats]):
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
-        if self._posted:
-            logger.error("answers to %d requests were not delivered", len(self._posted))
+        if self._thread.is_alive() or self._posted:
+            logger.error("answers were not delivered within %g s; %d requests were next", timeout_s, len(self._posted))
 
     def _run(self) -> None:
         while self._wait():

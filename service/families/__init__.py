@@ -32,8 +32,9 @@ def load_family(folder: Path) -> Family:
             try:
                 family: Family = module.load(folder, config)
             except KeyError as error:
-                raise InvalidRequest(f"{config_file} lacks {error}, which a {model_type} checkpoint needs.") from error
-            except (ValueError, TypeError) as error:  # a value, or a key, that is not known
+                lack = f"{config_file} lacks {error}, which a {model_type} checkpoint needs."
+                raise InvalidRequest(lack, param="MODEL_PATH") from error
+            except (ValueError, TypeError, AttributeError) as error:  # not known, or not an object where one belongs
                 raise InvalidRequest(f"{config_file}: {error}.", param="MODEL_PATH") from error
             return family
         known.extend(model_types)

@@ -6,6 +6,7 @@ parameters a part has, and how many numbers of K and V, is known here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -99,13 +100,36 @@ class Rotary:
 
 def as_rotary(config: dict[str, Any], head_width: int) -> Rotary:
     """The rotary positions of a `transformers` config, in its older spelling or its newer. Raises ValueError."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    width = int(head_width * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return Rotary(theta, width)
+    rope = next((config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None), {})
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters or rope_scaling is {rope!r}, not an object")
+    theta = _positive("rope_theta", (config | rope).get("rope_theta", 10000.0))
+    share = _positive("partial_rotary_factor", (config | rope).get("partial_rotary_factor", 1.0))
+    width = int(head_width * share)
+    if width < 2 or width % 2 or width > head_width:
+        raise ValueError(f"rotary positions rotate {width} numbers of a head's {head_width}, which cannot be in pairs")
+    rope_type = rope.get("rope_type", rope.get("type"))
     if rope_type == "llama3":
-        factors = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-        return Rotary(theta, width, Llama3Scaling(*factors, rope["original_max_position_embeddings"]))
+        return Rotary(theta, width, _llama3_scaling(rope))
+    if rope_type == "default" or not rope.keys() - {"rope_theta", "partial_rotary_factor"}:
+        return Rotary(theta, width)
     raise ValueError(f"rotary positions of type {rope_type!r} are not served")
+
+
+def _llama3_scaling(rope: dict[str, Any]) -> Llama3Scaling:
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [key for key in keys if key not in rope]
+    if missing:
+        raise ValueError(f"rotary positions of type 'llama3' need {missing[0]}")
+    factor, low, high, original = (_positive(key, rope[key]) for key in keys)
+    if low >= high:
+        raise ValueError(f"low_freq_factor is {low!r}, which is not below high_freq_factor, {high!r}")
+    if original != int(original):
+        raise ValueError(f"original_max_position_embeddings is {original!r}, not a whole number")
+    return Llama3Scaling(factor, low, high, int(original))
+
+
+def _positive(key: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {value!r}, not a positive number")
+    return value

@@ -1,6 +1,6 @@
 """Who may start: a bounded number of requests run, a bounded number wait for a place, the rest is turned away.
 
-A place that falls free goes to the waiting key that runs fewest, in turn among equals, and within a key to who came
+A place that falls free goes to the waiting key that runs fewest, round-robin among equals, and within a key to who came
 first. Where places are shared between keys, none takes the last free ones: a key may start another request while it
 holds less than `HEADROOM` times the places that would stay free. So one key alone fills three quarters, two fill three
 sevenths each, and whoever comes next finds a place at once. The same rule bounds how many of a key wait.
@@ -52,7 +52,7 @@ class Admission:
         self._max_wait_s = max_wait_s
         self._on_end = on_end
         self._running: Counter[str | None] = Counter()
-        self._waiting: dict[str | None, deque[asyncio.Future[None]]] = {}  # the key whose turn comes first, first
+        self._waiting: dict[str | None, deque[asyncio.Future[None]]] = {}  # the key to be served next, first
         self._shared = False
         self._draining = False
 
@@ -139,7 +139,7 @@ class Admission:
             while (place := queue.popleft()).done():
                 pass
             if queue:
-                self._waiting[key] = queue  # at the end: among equals the others' turn comes first
+                self._waiting[key] = queue  # at the end: among equals the others are served first
             self._running[key] += 1
             place.set_result(None)
 

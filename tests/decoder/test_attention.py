@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -139,3 +140,15 @@ def test_the_same_spans_over_one_pool_after_another_see_what_each_holds() -> Non
             got, expected = attend(q, k_pages, v_pages, spans), formula(q, k_pages, v_pages, runs, causal)
             tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_table_of_any_pages_in_any_order_is_read_as_it_stands() -> None:
+    """[0, 2, 2, 3] begins and ends as a row of four does, and is none."""
+    generator = torch.Generator().manual_seed(0)
+    k_pages, v_pages = torch.randn(2, 4, 1, 1, 8, generator=generator)
+    q = torch.randn(1, 1, 8, generator=generator)
+    for pages in product(range(4), repeat=4):
+        runs = [(1, list(pages), 4)]
+        got = attend(q, k_pages, v_pages, Spans.of(runs, causal=False, device=CPU))
+        expected = formula(q, k_pages, v_pages, runs, False)
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5, msg=str(pages))

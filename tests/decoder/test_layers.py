@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,19 +46,19 @@ TRANSFORMERS_NAMES = {Activation.SQUARED_RELU: "relu2"}
 
 
 class PlainAttention:
-    """One prompt without a cache, or tokens that all see one picture's K and V [R, K, C]."""
+    """One prompt without a cache, or tokens that see one picture's K and V [R, K, C], all or those that `sees` says."""
 
-    def __init__(self, image_kv: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, image_kv: tuple[Tensor, Tensor] | None = None, sees: Tensor | None = None) -> None:
         self.image_kv = image_kv
         self.any_sees = image_kv is not None
-        self.sees = torch.full((LENGTH, 1), self.any_sees)
+        self.sees = torch.full((LENGTH, 1), self.any_sees) if sees is None else sees
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v, causal=True)
 
     def cross_attention(self, layer: int, q: Tensor) -> Tensor:
         assert self.image_kv is not None
-        return self.attend(q, *self.image_kv, causal=False)
+        return self.attend(q, *self.image_kv, causal=False) * self.sees
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -267,6 +268,31 @@ def test_gated_block_with_layer_norms_biases_and_gelu_follows_the_formula() -> N
     expected = expected + p["ffn_gate"].tanh() * linear(hidden, "mlp.down_proj")
     ours = block(x, PlainAttention(block.project_image(latents)))
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("unseen", Unseen)
+def test_a_token_that_sees_no_picture_gets_of_a_gated_block_what_its_family_says(unseen: Unseen) -> None:
+    """Beside tokens that see one: nothing at all, or the feed-forward alone (both written out in float64)."""
+    torch.manual_seed(6)
+    norm, heads = RMSNormConfig(1e-2), AttentionConfig(4, 2, 8)
+    config = cross(norm, heads, FeedForwardConfig(20, Activation.RELU, gated=False))
+    block = GatedCrossAttentionBlock(WIDTH, replace(config, unseen=unseen), 0).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, 0.0, 0.4)
+    p = dict(block.named_parameters())
+    x, sees = torch.randn(LENGTH, WIDTH).double(), (torch.arange(LENGTH) % 3 == 1)[:, None]
+    image_kv = block.project_image(torch.randn(5, 24).double())
+    expected = x
+    if unseen is Unseen.ZERO_ATTENTION:
+        normed = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * p["post_attention_layernorm.weight"]
+        hidden = (normed @ p["mlp.up_proj.weight"].T).relu()
+        expected = x + p["ffn_gate"].tanh() * (hidden @ p["mlp.down_proj.weight"].T)
+    ours, all_see = block(x, PlainAttention(image_kv, sees)), block(x, PlainAttention(image_kv))
+    rows = ~sees[:, 0]
+    torch.testing.assert_close(ours[rows], expected[rows], atol=1e-10, rtol=1e-10)
+    assert unseen is Unseen.ZERO_ATTENTION or torch.equal(ours[rows], x[rows])
+    torch.testing.assert_close(ours[~rows], all_see[~rows])
+    assert (all_see - expected).abs().amax(-1).min() > 1e-3, "what it would get of a picture is not little"
 
 
 def test_norms_without_bias_and_feed_forward_without_bias_equal_mpt() -> None:

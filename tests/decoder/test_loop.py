@@ -236,6 +236,29 @@ def test_closing_tells_everybody_and_is_no_failure(world: World) -> None:
     assert not world.ends.acquire(blocking=False)
 
 
+def test_a_thread_that_does_not_end_when_it_is_closed_is_an_error_in_the_log(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, computed = threading.Event(), threading.Event()
+
+    def step() -> list[Delivery]:
+        entered.set()
+        assert computed.wait(5)
+        return []
+
+    world.engine.step = step  # type: ignore[method-assign]
+    client = world.ask()
+    assert entered.wait(5)
+    world.loop.close(timeout_s=0.01)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "the decoder's thread did not end within 0.01 s; its requests may not have been told"
+    ]
+    computed.set()
+    caplog.clear()
+    world.loop.close()
+    assert isinstance(client.last, Unavailable) and not caplog.records
+
+
 def test_a_process_of_no_more_use_ends_with_status_1_and_one_line_of_why() -> None:
     code = (
         "import time\n"

@@ -159,7 +159,9 @@ def test_the_engine_is_told_to_wait_when_many_have_ended_and_were_not_told() -> 
     assert [len(reader.answers) for reader in readers] == [1] * 9 + [0] * 8
 
 
-def test_one_that_never_takes_anything_does_not_hold_up_the_end(world: World) -> None:
+def test_one_that_never_takes_anything_does_not_hold_up_the_end_which_says_so(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     stuck = Reader()
     stuck.gate.clear()
     world.outbox.post([(world.open(stuck), TokenEvent((1,), STOP))])
@@ -167,4 +169,7 @@ def test_one_that_never_takes_anything_does_not_hold_up_the_end(world: World) ->
     started_s = time.monotonic()
     world.outbox.close(0.2)
     assert time.monotonic() - started_s < 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "answers were not delivered within 0.2 s; 0 requests were next"
+    ]
     stuck.gate.set()

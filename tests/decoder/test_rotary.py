@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import pytest
@@ -57,16 +59,16 @@ def test_angles_equal_llamas_far_into_a_context(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("width", [4, 8, 16])
-def test_heads_are_turned_as_gpt_neox_turns_them(width: int) -> None:
+def test_heads_are_rotated_as_gpt_neox_rotates_them(width: int) -> None:
     torch.manual_seed(0)
     positions = torch.tensor([0, 5, 31])
     x = torch.randn(3, 2, 16)
     rotary = RotaryPositions(Rotary(1e4, width))
     cos, sin = rotary.angles(positions, torch.float32)
-    turned = rotate(x, rotary.turns(positions, torch.float32))
+    rotated = rotate(x, rotary.rotations(positions, torch.float32))
     expected, _ = apply_rotary_pos_emb(x, x, cos[:, 0], sin[:, 0])
-    torch.testing.assert_close(turned, expected)
-    assert torch.equal(turned[..., width:], x[..., width:])
+    torch.testing.assert_close(rotated, expected)
+    assert torch.equal(rotated[..., width:], x[..., width:])
 
 
 def test_frequencies_do_not_lose_precision_with_the_model() -> None:
@@ -84,3 +86,46 @@ def test_older_and_newer_spellings_of_a_config_say_the_same() -> None:
     oldest = {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
     with pytest.raises(ValueError, match="'linear' are not served"):
         as_rotary(oldest, 64)
+
+
+@pytest.mark.parametrize("key", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_llama3_scaling_that_lacks_a_key_or_has_a_wrong_one_is_refused_by_its_name(spelling: str, key: str) -> None:
+    complete = published(LLAMA_3_1)
+    with pytest.raises(ValueError, match=f"'llama3' need {key}$"):
+        as_rotary({spelling: {name: value for name, value in complete.items() if name != key}}, 64)
+    for wrong in (None, "8", [8], True, 0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^{key} is {re.escape(repr(wrong))}, not a positive number"):
+            as_rotary({spelling: complete | {key: wrong}}, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', not an object"),
+        ({"rope_parameters": []}, r"rope_scaling is \[\], not an object"),
+        ({"rope_scaling": {"factor": 8.0}}, "type None are not served"),
+        (
+            {"rope_scaling": published(LLAMA_3_1) | {"low_freq_factor": 4.0}},
+            "low_freq_factor is 4.0, which is not below",
+        ),
+        (
+            {"rope_scaling": published(LLAMA_3_1) | {"original_max_position_embeddings": 8192.5}},
+            "original_max_position_embeddings is 8192.5, not a whole number",
+        ),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4', not a positive number"),
+        ({"rope_theta": 0}, "rope_theta is 0, not a positive number"),
+        ({"partial_rotary_factor": None}, "partial_rotary_factor is None, not a positive number"),
+        ({"partial_rotary_factor": 0.05}, "rotate 3 numbers of a head's 64"),
+        ({"partial_rotary_factor": 0.01}, "rotate 0 numbers of a head's 64"),
+        ({"partial_rotary_factor": 1.5}, "rotate 96 numbers of a head's 64"),
+    ],
+)
+def test_rotary_positions_that_make_no_sense_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_rotary(config, 64)
+
+
+def test_heads_of_an_odd_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="rotate 15 numbers of a head's 15"):
+        as_rotary({}, 15)

@@ -55,7 +55,9 @@ class Machine:
         self.overtaken: dict[int, int] = {}  # how many that came later started before it
 
     def step(self) -> Step:
+        running = [(sequence, sequence.num_uncomputed == 1) for sequence in self.scheduler.running]
         step = self.scheduler.schedule()
+        self.check_share(step, running)
         for sequence in self.scheduler.running:
             if sequence.request_id not in self.started:
                 self.started.add(sequence.request_id)
@@ -67,7 +69,6 @@ class Machine:
         for pages, latents in step.image_fills:
             self.pages |= zip(pages, latents, strict=True)
         assert sum(chunk.count for chunk in step.chunks) <= self.scheduler.max_step_tokens
-        self.check_cost(step)
         assert len({id(chunk.sequence) for chunk in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:
             sequence = chunk.sequence
@@ -88,12 +89,34 @@ class Machine:
         self.check()
         return step
 
-    def check_cost(self, step: Step) -> None:
-        """Tokens and fills are within the budget, but for one request's pictures, with which the step then ends."""
-        filled = {pages: len(pages) * self.scheduler.fill_tokens for pages, _ in step.image_fills}
-        if sum(chunk.count for chunk in step.chunks) + sum(filled.values()) > self.scheduler.max_step_tokens:
-            last = step.chunks[-1]
-            assert filled.keys() <= set(last.sequence.image_pages.values()) and last.count == 1
+    def check_share(self, step: Step, running: list[tuple[Sequence, bool]]) -> None:
+        """Who decodes is never left out, prompts get no more beside it than they may, and the first goes on.
+
+        `running`: who ran before the step, and whether it was decoding.
+        """
+        decoding = [sequence for sequence, is_decoding in running if is_decoding]
+        computed = [chunk.sequence for chunk in step.chunks]
+        budget, prefill = self.scheduler.max_step_tokens, self.scheduler.max_prefill_tokens
+        if len(decoding) < budget:  # what settings see to
+            put_back = [sequence for sequence, _ in running if sequence in self.scheduler.waiting]
+            assert all(sequence in computed or sequence in put_back for sequence in decoding)
+            assert not running or running[0][0] in computed
+        if decoding and prefill is not None:
+            budget = min(budget, len(decoding) + prefill)
+        self.check_cost(step, budget, decoding)
+
+    def check_cost(self, step: Step, budget: int, decoding: list[Sequence]) -> None:
+        """Tokens and fills are within the budget, but for one token or one request's pictures that end the step."""
+        scheduler, spent, filled = self.scheduler, 0.0, {pages for pages, _ in step.image_fills}
+        for chunk in step.chunks:
+            assert spent < budget, "nothing was left for it"
+            own = filled & set(chunk.sequence.image_pages.values())
+            fills = scheduler.fill_tokens * sum(map(len, own))
+            is_first_fill, filled = len(filled) == len(step.image_fills), filled - own
+            assert not fills or is_first_fill or spent + fills < budget
+            cost = 1.0 if chunk.sequence in decoding else 1 + chunk.start * scheduler.position_cost
+            spent += fills + chunk.count * cost
+            assert spent <= budget + 1e-6 or chunk.count == 1  # some products are above the quotient's
 
     def sample(self, sequence: Sequence) -> None:
         sequence.append(sequence.num_generated % 50)
@@ -158,6 +181,7 @@ requests = st.tuples(
     st.integers(5, 40),
     st.integers(0, 4),
     st.integers(1, 20),
+    st.one_of(st.none(), st.integers(1, 40)),
     st.sampled_from([0.0, 0.02, 0.5]),
 )
 def test_every_request_ends_exactly_once_and_everything_is_returned(
@@ -167,10 +191,18 @@ def test_every_request_ends_exactly_once_and_everything_is_returned(
     budget: int,
     max_overtaken: int,
     fill_tokens: int,
+    max_prefill_tokens: int | None,
     position_cost: float,
 ) -> None:
-    bounds = {"max_overtaken": max_overtaken, "fill_tokens": fill_tokens, "position_cost": position_cost}
-    scheduler = make_scheduler(num_blocks, num_pages, budget=budget, **bounds)
+    scheduler = make_scheduler(
+        num_blocks,
+        num_pages,
+        budget=budget,
+        max_overtaken=max_overtaken,
+        fill_tokens=fill_tokens,
+        max_prefill_tokens=max_prefill_tokens,
+        position_cost=position_cost,
+    )
     machine = Machine(scheduler)
     schedule: list[tuple[int, Sequence, int | None]] = []
     now, expected, cancelled = 0, [], []

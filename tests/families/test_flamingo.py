@@ -106,9 +106,17 @@ def test_a_vit_a_longer_context_and_biases_are_values(tmp_path: Path) -> None:
         (("vision_config", "resampler", "activation"), "swish", "'swish' is not a valid Activation"),
         (("vision_config", "encoder"), VIT | {"activation": "swish"}, "'swish' is not a valid Activation"),
         (("text_config", "rope_scaling"), {"rope_type": "yarn"}, "rotary positions of type 'yarn' are not served"),
+        (("text_config", "rope_scaling"), {"rope_type": "llama3", "factor": 8.0}, "'llama3' need low_freq_factor"),
+        (("text_config", "rope_scaling"), "llama3", "rope_scaling is 'llama3', not an object"),
+        (("text_config", "rope_scaling"), LLAMA3 | {"factor": "8"}, "factor is '8', not a positive number"),
+        (("text_config", "hidden_size"), 60, "rotate 15 numbers of a head's 15, which cannot be in pairs"),
+        (("text_config",), "llama", "config.json: "),
+        (("vision_config", "resampler"), "perceiver", "config.json: "),
+        (("cross_attention_config",), {}, "config.json lacks 'layers'"),
     ],
 )
 def test_what_is_not_served_is_one_line(tmp_path: Path, path: tuple[str, ...], value: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as error:
         load_family(write(tmp_path, {path: value}))
     assert "config.json" in error.value.message and "\n" not in error.value.message
+    assert error.value.param == "MODEL_PATH"

@@ -200,7 +200,7 @@ async def test_who_leaves_in_the_moment_in_which_another_gets_the_place_just_lea
     leaver.cancel()
     admission.share(False)
     gate.set()
-    admission.leave(None, Outcome.FINISHED)  # before the leaver has had a turn
+    admission.leave(None, Outcome.FINISHED)  # before the leaver has run
     assert (admission.num_running, admission.num_waiting) == (1, 0)
     first.cancel()
     results = await asyncio.gather(first, leaver, last, return_exceptions=True)
@@ -247,7 +247,7 @@ async def test_keys_that_wait_take_turns() -> None:
 
 
 async def test_places_are_shared_evenly_though_one_key_s_requests_last_longer() -> None:
-    """By places and not by turns: who holds long must not hold most."""
+    """By places held and not by places given: who holds long must not hold most."""
     admission = make([], running=9, waiting=500, shared=True)
     num_steps = most = 0
 
@@ -356,7 +356,7 @@ async def _whatever_happens(steps: list[tuple[str, int]], running: int, waiting:
 @given(asked=st.lists(st.sampled_from(KEYS), min_size=2, max_size=60), running=st.integers(2, 9))
 @settings(max_examples=200, deadline=None)
 def test_no_key_starves_behind_others(asked: list[str], running: int) -> None:
-    """Whoever waits is let in before any other key has had more than a round of turns."""
+    """Whoever waits is let in before any other key has had more than one round."""
 
     async def run() -> None:
         admission = make([], running=running, waiting=1000, shared=True)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.asyncio
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("waits_for", ["a place", "the encoder", "a turn at the encoder", "a stage", "the decoder"])
+@pytest.mark.parametrize("waits_for", ["a place", "the encoder", "a place at the encoder", "a stage", "the decoder"])
 async def test_the_deadline_covers(connect: Connect, backend: FakeBackend, waits_for: str, stream: bool) -> None:
     body = {"prompt": "<image>Hi", "images": [RED], "stream": stream}
     async with connect(request_timeout_s=0.4, max_concurrent_requests=1, max_concurrent_encodes=1) as client:
@@ -23,7 +23,7 @@ async def test_the_deadline_covers(connect: Connect, backend: FakeBackend, waits
             await client.app.state.admission.enter(None)
         elif waits_for == "the encoder":
             backend.encode_s = 60
-        elif waits_for == "a turn at the encoder":
+        elif waits_for == "a place at the encoder":
             backend.encode_gate = asyncio.Event()
             asyncio.get_running_loop().call_later(0.3, backend.encode_gate.set)
             backend.step_s = 60

@@ -80,8 +80,8 @@ def draw(container: Container, field: str, scale: int = 1) -> Image.Image:
         if scale > 1:
             picture.draft(None, (container.width // scale, container.height // scale))
         picture.load()
-        turn = UPRIGHT.get(container.orientation)
-        return picture if turn is None else picture.transpose(turn)
+        method = UPRIGHT.get(container.orientation)
+        return picture if method is None else picture.transpose(method)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes

@@ -1,7 +1,7 @@
 """Latents by picture key: a picture that many ask for at once is encoded once, and lately encoded ones are kept.
 
 Each picture is its own call, so that Triton's dynamic batcher can merge those of different requests. Only so many calls
-are under way; requests take turns at the next, so that one with sixteen pictures does not shut out another's only one.
+are under way, round-robin among requests, so that one with sixteen pictures does not shut out another's only one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Flight:
     pixels: NDArray[np.uint8]
     landed: asyncio.Future[Latents]
     num_waiting: int = 0
-    task: asyncio.Task[None] | None = None  # None: it has not had its turn
+    task: asyncio.Task[None] | None = None  # None: not begun
 
 
 class PictureEncoder:
@@ -63,7 +63,7 @@ class PictureEncoder:
         self._cache_bytes = cache_bytes
         self._on_encoded = on_encoded
         self._flights: dict[str, _Flight] = {}
-        self._requests: deque[deque[_Flight]] = deque()  # what each still wants, in the order of their turns
+        self._requests: deque[deque[_Flight]] = deque()  # what each still wants, round-robin
         self._num_calls = 0
         self._kept: OrderedDict[str, Latents] = OrderedDict()
         self._kept_bytes = 0
@@ -86,7 +86,7 @@ class PictureEncoder:
         try:  # shielded: one who leaves must not take the picture from the others
             landed = await asyncio.gather(*(asyncio.shield(flight.landed) for flight in flights))
         finally:
-            with suppress(ValueError):  # its turns have come
+            with suppress(ValueError):  # all of it was begun
                 self._requests.remove(wanted)
             for flight in flights:
                 self._leave(flight)

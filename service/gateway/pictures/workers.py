@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import InvalidRequest, Overloaded, TooLarge, Unavailable
-from service.gateway.pictures.turns import Turns
+from service.gateway.pictures.fair_queue import FairQueue
 from service.gateway.pictures.worker import HEAD, Setup, head_bytes
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Workers:
         self._setup = pickle.dumps(setup)
         self._num_workers = num_workers
         self._timeout_s = timeout_s
-        self._turns = Turns(num_workers, setup.limits.memory_bytes)
+        self._queue = FairQueue(num_workers, setup.limits.memory_bytes)
         self._idle: list[_Worker | None] = []  # None: a place whose worker could not be started
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending: set[asyncio.Task[int]] = set()
@@ -71,13 +71,13 @@ class Workers:
         heavy_bytes: int,
         max_wait_s: float,
     ) -> tuple[dict[str, Any], bytes]:
-        """A worker's answer, once it is our turn. Who leaves frees the worker after GRACE_S at the latest.
+        """A worker's answer, once one is free for us. Who leaves frees the worker after GRACE_S at the latest.
 
         Raises InvalidRequest or TooLarge for head["field"], Overloaded, or Unavailable.
         """
         try:
             async with asyncio.timeout(max_wait_s):
-                await self._turns.take(asker, heavy_bytes)
+                await self._queue.take(asker, heavy_bytes)
         except TimeoutError as error:
             raise Overloaded("Too many pictures wait to be decoded.", retry_after_s=RETRY_AFTER_S) from error
         head = {**head, "heavy_bytes": heavy_bytes}
@@ -114,7 +114,7 @@ class Workers:
             raise InvalidRequest("The picture cannot be decoded.", param=head["field"]) from error
         finally:
             self._idle.append(worker if can_go_on else self._replace(worker))
-            self._turns.give_back(heavy_bytes)
+            self._queue.give_back(heavy_bytes)
 
     def _replace(self, worker: _Worker | None) -> _Worker | None:
         self._end(worker)

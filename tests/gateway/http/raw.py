@@ -81,7 +81,7 @@ def error_of(reply: bytes) -> dict[str, Any]:
 
 
 class Stall:
-    """The longest stretch that this process computed without a turn of the loop, in seconds; waiting adds nothing."""
+    """The longest stretch of computing between two iterations of the loop, in seconds; waiting adds nothing."""
 
     worst_s = 0.0
 

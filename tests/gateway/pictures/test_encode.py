@@ -1,4 +1,4 @@
-"""How latents are fetched: each picture once, so many at a time, in turns, and none kept too long."""
+"""How latents are fetched: each picture once, so many at a time, round-robin among requests, and none kept too long."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_who_leaves_while_waiting_leaves_nothing_behind() -> None:
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.gather(left, return_exceptions=True)
-    assert not rig.encoder._requests, "their pixels are not kept until there is a turn"
+    assert not rig.encoder._requests, "their pixels are not kept until they could be encoded"
     first.cancel()
     await asyncio.sleep(0)
     next_one = rig.ask(KEYS[20])

@@ -65,7 +65,7 @@ async def test_a_refused_picture_frees_the_workers_from_its_siblings(connect: Co
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "image[15]"
         one = {"image": ("a.png", file_of_noise())}
         assert (await client.post("/v1/generate", data={"prompt": "Hi"}, files=one)).status_code == 200
-        assert time.perf_counter() - begin < 5.0  # fifteen would take their turns, a second or more each
+        assert time.perf_counter() - begin < 5.0  # fifteen would take a second or more each
 
 
 def file_of_noise() -> bytes:

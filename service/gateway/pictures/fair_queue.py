@@ -1,8 +1,9 @@
 """Whose picture a worker decodes next: pure accounting, no processes.
 
 Two lines. Light pictures take little memory and milliseconds; heavy ones leave one worker to the light, and all that
-are decoded at a time find room in one budget of bytes. In each line requests take turns, picture by picture, so that
-one with sixteen waits no less than sixteen with one. The first in line that finds no room holds up its line alone.
+are decoded at a time find room in one budget of bytes. In each line requests are served round-robin, picture by
+picture, so that one with sixteen waits no less than sixteen with one. The first in line that finds no room holds up its
+line alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 
-class Turns:
+class FairQueue:
     """`memory_bytes`: of heavy pictures; none asks for more."""
 
     def __init__(self, num_workers: int, memory_bytes: int) -> None:
@@ -29,9 +30,9 @@ class Turns:
         line.join(waiter)
         self._grant()
         try:
-            await waiter.turn
+            await waiter.grant
         except asyncio.CancelledError:
-            if waiter.turn.cancelled():
+            if waiter.grant.cancelled():
                 line.leave(waiter)
                 self._grant()
             else:
@@ -52,14 +53,14 @@ class Turns:
             if line is None:
                 return
             waiter = line.take_first()
-            if waiter.turn.done():  # it has left, and will hear of it
+            if waiter.grant.done():  # it has left, and will hear of it
                 continue
             self._num_free -= 1
             if waiter.heavy_bytes:
                 self._max_heavy -= 1
                 self._free_bytes -= waiter.heavy_bytes
             self._heavy_next = not waiter.heavy_bytes
-            waiter.turn.set_result(None)
+            waiter.grant.set_result(None)
 
     def _fits(self, heavy_bytes: int) -> bool:
         return not heavy_bytes or (self._max_heavy > 0 and heavy_bytes <= self._free_bytes)
@@ -69,7 +70,7 @@ class Turns:
 class _Waiter:
     asker: object
     heavy_bytes: int
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    grant: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class _Line:
