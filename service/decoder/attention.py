@@ -8,15 +8,19 @@ Source: PagedAttention (arXiv 2309.06180) §4; GQA (arXiv 2305.13245); Flamingo 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from service.decoder.upload import upload
+
+Run = tuple[int, Sequence[int], int]  # number of rows, pages, used
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,23 +31,26 @@ class Spans:
     `used` 0: the rows see nothing, and come to 0. A table's entries behind the used pages have no meaning.
     """
 
+    runs: Sequence[Run]  # the spans in the order of their rows, on the host: planning asks nothing of the device
     starts: Tensor  # int32 [S+1], from 0 to N
     table: Tensor  # int32 [S, W]
     used: Tensor  # int32 [S]
     causal: bool
     _plans: dict[tuple[int, torch.dtype], Plan] = field(default_factory=dict, init=False, repr=False)
 
+    @staticmethod
+    def numbers(runs: Sequence[Run]) -> tuple[array[int], array[int], array[int]]:
+        """What `of` wants on the device: `starts`, the rows of `table`, `used`."""
+        width = max(1, *(len(pages) for _, pages, _ in runs))
+        starts = accumulate((num_rows for num_rows, _, _ in runs), initial=0)
+        table = [page for _, pages, _ in runs for page in (*pages, *[0] * (width - len(pages)))]
+        return array("i", starts), array("i", table), array("i", [used for _, _, used in runs])
+
     @classmethod
-    def of(cls, runs: Sequence[tuple[int, Sequence[int], int]], *, causal: bool, device: torch.device) -> Spans:
-        """From (number of rows, pages, used) of each span, in the order of the rows."""
-        width = max((len(pages) for _, pages, _ in runs), default=0)
-        tensor = partial(torch.tensor, dtype=torch.int32, device=device)
-        return cls(
-            starts=tensor(list(accumulate((num_rows for num_rows, _, _ in runs), initial=0))),
-            table=tensor([[*pages, *[0] * (width - len(pages))] for _, pages, _ in runs]),
-            used=tensor([used for _, _, used in runs]),
-            causal=causal,
-        )
+    def of(cls, runs: Sequence[Run], tensors: Iterator[Tensor], *, causal: bool) -> Spans:
+        """`tensors`: the next three are the runs' `numbers`, on the device."""
+        starts, table, used = next(tensors), next(tensors), next(tensors)
+        return cls(runs, starts, table.view(len(runs), -1), used, causal)
 
     def plan(self, page_size: int, dtype: torch.dtype) -> Plan:
         """How `attend` computes them, the same in every layer: made when it is first asked for."""
@@ -120,22 +127,23 @@ class _Set(NamedTuple):
 
 
 def _make_plan(spans: Spans, page_size: int, dtype: torch.dtype) -> Plan:
-    device, num_rows = spans.used.device, int(spans.starts[-1])
+    device, num_rows = spans.used.device, sum(num_rows for num_rows, _, _ in spans.runs)
     groups = _of_like_length(_sets(spans, page_size))
     order = [row for sets in groups for each in sets for row in each.rows]
     return Plan(
         groups=[_make_group(sets, spans.causal, dtype, device) for sets in groups],
-        order=None if order == list(range(num_rows)) else torch.tensor(order, dtype=torch.int64, device=device),
+        order=None if order == list(range(num_rows)) else _indices(order, device),
     )
 
 
 def _sets(spans: Spans, page_size: int) -> list[_Set]:
     """One for each span, or for all that see the same: sixteen questions about one picture gather it once."""
     sets: dict[tuple[int, ...], _Set] = {}
-    tables, lengths = spans.table.tolist(), spans.used.tolist()
-    for (start, end), table, used in zip(pairwise(spans.starts.tolist()), tables, lengths, strict=True):
-        if used > 0 and start < end:
-            pages = table[: -(-used // page_size)]
+    end = 0
+    for num_rows, of_run, used in spans.runs:
+        start, end = end, end + num_rows
+        if used > 0 and num_rows > 0:
+            pages = list(of_run[: -(-used // page_size)])
             key = (start,) if spans.causal else (used, *pages)
             sets.setdefault(key, _Set([], pages, used)).rows.extend(range(start, end))
     return list(sets.values())
@@ -159,14 +167,19 @@ def _make_group(sets: list[_Set], causal: bool, dtype: torch.dtype, device: torc
     is_causal, mask = causal and all(each.used == n for each in sets), None
     if not is_causal and (any(each.used < used for each in sets) or (causal and n > 1)):
         limits = [range(each.used - n + 1, each.used + 1) if causal else [each.used] for each in sets]
-        unseen = torch.arange(used, device=device) >= torch.tensor(limits, device=device)[:, None, :, None]
+        unseen = torch.arange(used, device=device) >= _indices(chain(*limits), device).view(len(sets), 1, -1, 1)
         mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
     in_a_row = pages == list(range(pages[0], pages[0] + len(pages)))
     return Group(
         num_sets=len(sets),
         num_rows=len(sets) * n,
-        pages=slice(pages[0], pages[-1] + 1) if in_a_row else torch.tensor(pages, device=device),
+        pages=slice(pages[0], pages[-1] + 1) if in_a_row else _indices(pages, device),
         used=used,
         mask=mask,
         is_causal=is_causal,
     )
+
+
+def _indices(numbers: Iterable[int], device: torch.device) -> Tensor:
+    (indices,) = upload([array("q", numbers)], device)
+    return indices

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from service.decoder.attention import Spans
+from service.decoder.attention import Run, Spans
 from service.decoder.kv_blocks import BLOCK_SIZE
 from service.decoder.scheduler import Chunk
+from service.decoder.upload import upload
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class Batch:
 
 
 def make_batch(chunks: list[Chunk], image_page_size: int, device: torch.device) -> Batch:
+    """Its tensors come to the device in one copy, whose views they are."""
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     unwritten: list[int] = []
     logits_rows: list[int] = []
-    text: list[tuple[int, list[int], int]] = []
-    images: list[tuple[int, tuple[int, ...], int]] = []
+    text: list[Run] = []
+    images: list[Run] = []
     for chunk in chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.count
         blocks = sequence.block_table[: -(-end // BLOCK_SIZE)]
@@ -45,14 +48,17 @@ def make_batch(chunks: list[Chunk], image_page_size: int, device: torch.device) 
             unwritten += range(slots[-1] + 1, (blocks[-1] + 1) * BLOCK_SIZE)
         logits_rows.append(len(input_ids) - 1)
     sees = [bool(pages) for count, pages, _ in images for _ in range(count)]
+    of_tokens = [array("q", each) for each in (input_ids, positions, slots, unwritten)]
+    of_spans = *Spans.numbers(text), *Spans.numbers(images)
+    tensors = iter(upload([*of_tokens, *of_spans, array("B", sees), array("q", logits_rows)], device))
     return Batch(
-        input_ids=torch.tensor(input_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
-        unwritten=torch.tensor(unwritten, dtype=torch.int64, device=device),
-        text=Spans.of(text, causal=True, device=device),
-        images=Spans.of(images, causal=False, device=device),
-        sees=torch.tensor(sees, device=device)[:, None],
+        input_ids=next(tensors),
+        positions=next(tensors),
+        slots=next(tensors),
+        unwritten=next(tensors),
+        text=Spans.of(text, tensors, causal=True),
+        images=Spans.of(images, tensors, causal=False),
+        sees=next(tensors)[:, None],
         any_sees=any(sees),
-        logits_rows=torch.tensor(logits_rows, device=device),
+        logits_rows=next(tensors),
     )

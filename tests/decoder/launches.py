@@ -28,10 +28,13 @@ NO_KERNEL = {
 
 
 class Launches(TorchDispatchMode):
-    """`kernels`: launches by the name of the operation. `uploads`: tensors made of Python's numbers, each a copy."""
+    """`kernels`: launches by the name of the operation. `uploads`: copies of the host's numbers to the device, which
+    are tensors made of Python's, and tensors of the CPU where the device is "meta", one without memory.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.kernels: Counter[str] = Counter()
         self.uploads = 0
 
@@ -50,10 +53,13 @@ class Launches(TorchDispatchMode):
                 composed = op.decompose(*args, **kwargs)
             if composed is not NotImplemented:
                 return composed
-        self.uploads += op is aten.lift_fresh.default
         if not (op.is_view or op in NO_KERNEL):
             self.kernels[op.name().removeprefix("aten::").split(".")[0]] += 1
-        return op(*args, **kwargs)
+        out = op(*args, **kwargs)
+        if isinstance(out, Tensor) and out.device.type == self.device:
+            elsewhere = any(isinstance(x, Tensor) and x.device.type != self.device for x in args)
+            self.uploads += elsewhere or op is aten.lift_fresh.default
+        return out
 
     def table(self) -> str:
         rows = [f"{count:5}  {name}" for name, count in self.kernels.most_common()]

@@ -11,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.decoder.attention import Spans, attend
+from service.decoder.attention import Run, Spans, attend
+from service.decoder.upload import upload
 
 CPU = torch.device("cpu")
-Run = tuple[int, list[int], int]  # rows, pages, used
+
+
+def spans_of(runs: list[Run], causal: bool) -> Spans:
+    return Spans.of(runs, iter(upload(Spans.numbers(runs), CPU)), causal=causal)
 
 
 def formula(q: Tensor, k_pages: Tensor, v_pages: Tensor, runs: list[Run], causal: bool) -> Tensor:
@@ -55,9 +59,7 @@ def worlds(draw: st.DrawFn, causal: bool) -> tuple[Tensor, Tensor, Tensor, list[
     for _ in range(num_spans):
         pages, used = draw(st.sampled_from([*owned, ([], 0)]))
         runs.append((draw(st.integers(1, min(used, 5) if causal and used else 5)), pages, used))
-    spans = Spans.of(runs, causal=causal, device=CPU)
-    for row, (_, pages, _) in enumerate(runs):
-        spans.table[row, len(pages) :] = nobodys
+    spans = spans_of([(num_rows, [*pages, nobodys], used) for num_rows, pages, used in runs], causal)
     q = torch.randn(sum(n for n, _, _ in runs), num_kv_heads * per_kv_head, width, generator=generator)
     return q, k_pages, v_pages, runs, spans
 
@@ -80,7 +82,7 @@ def test_it_is_the_formula_in_narrow_dtypes(dtype: torch.dtype) -> None:
     k_pages, v_pages = torch.randn(2, 9, 16, 2, 8, generator=generator).to(dtype)
     q = torch.randn(9, 4, 8, generator=generator).to(dtype)
     runs = [(1, [0, 7], 20), (6, [3, 2, 1], 41), (1, [8, 4], 32), (1, [], 0)]
-    got = attend(q, k_pages, v_pages, Spans.of(runs, causal=True, device=CPU))
+    got = attend(q, k_pages, v_pages, spans_of(runs, causal=True))
     assert got.dtype == dtype
     expected = formula(q, k_pages, v_pages, runs, True)
     torch.testing.assert_close(got.double(), expected, atol=2e-2, rtol=2e-2)
@@ -88,7 +90,7 @@ def test_it_is_the_formula_in_narrow_dtypes(dtype: torch.dtype) -> None:
 
 def groups_of(runs: list[Run], causal: bool, page_size: int = 16) -> list[tuple[int, int, int]]:
     """(sets, pages gathered, rows) of each group of a plan."""
-    plan = Spans.of(runs, causal=causal, device=CPU).plan(page_size, torch.float32)
+    plan = spans_of(runs, causal).plan(page_size, torch.float32)
     gathered = [len(torch.arange(10**6)[group.pages]) for group in plan.groups]
     sets = [group.num_sets for group in plan.groups]
     return list(zip(sets, gathered, [group.num_rows for group in plan.groups], strict=True))
@@ -104,7 +106,7 @@ def test_decodes_at_pictures_of_their_own_are_one_call() -> None:
 
 def test_what_sees_nothing_takes_no_part() -> None:
     assert groups_of([(40, [], 0), (1, [3, 4], 32), (7, [], 0)], causal=False) == [(1, 2, 1)]
-    spans = Spans.of([(2, [], 0), (1, [], 0)], causal=False, device=CPU)
+    spans = spans_of([(2, [], 0), (1, [], 0)], causal=False)
     pages = torch.full((1, 16, 2, 4), torch.nan)
     assert attend(torch.ones(3, 2, 4), pages, pages, spans).count_nonzero() == 0
 
@@ -112,7 +114,7 @@ def test_what_sees_nothing_takes_no_part() -> None:
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=20))
 def test_a_long_sequence_does_not_stretch_short_ones(lengths: list[int]) -> None:
     runs = [(1, list(range(-(-length // 16))), length) for length in lengths]
-    spans = Spans.of(runs, causal=True, device=CPU)
+    spans = spans_of(runs, causal=True)
     plan = spans.plan(16, torch.float32)
     order = list(range(len(lengths))) if plan.order is None else plan.order.tolist()
     assert sorted(order) == list(range(len(lengths)))
@@ -123,7 +125,7 @@ def test_a_long_sequence_does_not_stretch_short_ones(lengths: list[int]) -> None
 
 
 def test_a_step_is_planned_once() -> None:
-    spans = Spans.of([(1, [0], 3), (4, [1, 2], 30)], causal=True, device=CPU)
+    spans = spans_of([(1, [0], 3), (4, [1, 2], 30)], causal=True)
     assert spans.plan(16, torch.float32) is spans.plan(16, torch.float32)
 
 
@@ -132,7 +134,7 @@ def test_the_same_spans_over_one_pool_after_another_see_what_each_holds() -> Non
     runs = [(1, [2, 4, 3, 5], 9), (1, [2, 4, 3, 5], 8), (1, [1, 6], 5)]
     generator = torch.Generator().manual_seed(0)
     for causal in (True, False):
-        spans = Spans.of(runs, causal=causal, device=CPU)
+        spans = spans_of(runs, causal)
         for page_size, dtype in ((3, torch.float32), (3, torch.float32), (5, torch.float32), (3, torch.bfloat16)):
             k_pages, v_pages = torch.randn(2, 7, page_size, 2, 8, generator=generator).to(dtype)
             k_pages[0], v_pages[0] = torch.nan, torch.nan

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from service.contract import ValidRequest
+from service.decoder.batch import make_batch
 from service.decoder.kv_blocks import BLOCK_SIZE
 from service.decoder.model import Decoder
 from service.decoder.page_pool import PagePool, PageShape
@@ -66,13 +67,20 @@ def test_a_decode_step_launches_few_kernels(config: DecoderConfig, bound: int, m
     assert launches.kernels.total() <= bound, launches.table()
 
 
-def test_a_decode_step_copies_to_the_device_as_often_with_few_layers_as_with_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shallow = replace(IDEFICS_9B, num_layers=4, cross_attention=replace(CROSS, layers=(0,)))
-    deep = decode_step(IDEFICS_9B, monkeypatch).uploads
-    assert 1 <= deep <= 12
-    assert decode_step(shallow, monkeypatch).uploads == deep
+def test_a_batch_comes_to_the_device_in_one_copy_and_is_planned_without_asking_the_device() -> None:
+    """The "meta" device stands for a GPU: it is not the host, and what asks it for numbers raises."""
+    sequences = [decoding(number) for number in range(NUM_SEQUENCES)]
+    sequences[2].num_computed -= 3  # a chunk of four tokens among decodes
+    with Launches("meta") as launches:
+        batch = make_batch([Chunk.next(each, each.num_uncomputed) for each in sequences], 5, torch.device("meta"))
+        assert launches.uploads == 1
+        batch.text.plan(BLOCK_SIZE, torch.bfloat16)
+        batch.images.plan(5, torch.bfloat16)
+    assert batch.input_ids.device == batch.text.table.device == batch.images.used.device == torch.device("meta")
+
+
+def test_a_decode_step_copies_nothing_but_its_batch_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_step(IDEFICS_9B, monkeypatch).uploads == 0, "of the batch, the CPU's own memory is used"
 
 
 @torch.no_grad()
