@@ -4,8 +4,9 @@ The n-th token of a request takes one uniform number, BLAKE2b of the request's s
 the inverse of the cumulative distribution. So a seed gives the same tokens alone and in any batch, and after a
 preemption. (A hash is the counter-based generator that costs a microsecond a row here; numpy's Philox takes 25.)
 
-No vocabulary is sorted where that can be helped. Without top-k and top-p any order of the tokens will do. With them
-the likeliest NUM_LIKELIEST nearly always hold all that may be chosen; a row of which that is not so is sorted.
+No vocabulary is sorted where that can be helped. Without top-k any order of the tokens will do: one is drawn of all,
+and with top-p drawn again, of the likelier ones alone, until it is one that top-p keeps (rejection sampling, as in
+FlashInfer). With a top-k up to NUM_LIKELIEST that many tokens are sorted, with a larger one all.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def _chooser(sampling: SamplingParams, num_logits: int) -> Choose:
-    if sampling.temperature < GREEDY_BELOW:
+    if sampling.temperature < GREEDY_BELOW or sampling.top_p * num_logits <= 1:  # the likeliest alone has that share
         return _greedy
-    if sampling.top_p < 1.0 or (sampling.top_k or num_logits) < num_logits:
-        return _from_likeliest
-    return _from_all
+    if (top_k := sampling.top_k or num_logits) < num_logits:
+        return _from_likeliest if top_k <= NUM_LIKELIEST else _from_sorted
+    return _from_nucleus if sampling.top_p < 1.0 else _from_all
 
 
 def _greedy(logits: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -64,34 +65,54 @@ def _scaled(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def _from_all(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """[B, V] -> int64 [B]: a group of tokens by its mass, then one of the group."""
+    """[B, V] -> int64 [B]."""
+    return _draw(_scaled(logits, sequences).exp_(), _uniform(sequences, logits.device))
+
+
+def _from_nucleus(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """[B, V] -> int64 [B], by top-p, which keeps a token if all likelier ones together have less than its share.
+
+    One that it does not keep says so of all that are no likelier. On average that leaves half of the mass.
+    """
+    device, attempt = logits.device, 0
     mass = _scaled(logits, sequences).exp_()
+    limit = _top_p(sequences, device) * _sum(mass)
+    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=device)
+    rows, order = torch.arange(len(sequences), device=device), torch.arange(mass.shape[1], device=device)
+    while len(rows):
+        drawn = _draw(mass, _uniform([sequences[row] for row in rows.tolist()], device, attempt))[:, None]
+        tokens[rows] = drawn.squeeze(1)
+        own = mass.gather(1, drawn)
+        mass.masked_fill_((mass < own) | ((mass == own) & (order >= drawn)), 0.0)  # leaves those that are likelier
+        refused = (_sum(mass) >= limit).nonzero().squeeze(1)  # none that is not finite
+        rows, mass, limit = rows[refused], mass[refused], limit[refused]
+        attempt += 1
+    return tokens
+
+
+def _draw(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Fp32 [B, whole groups] and [B] -> int64 [B]: a group of tokens by its mass, then one of the group."""
     groups: Tensor = mass.unflatten(1, (GROUP, -1))  # (B, GROUP, groups): a group's tokens lie apart, which sums fast
-    group, uniform = _invert(groups.sum(dim=1).double(), _uniform(sequences, logits.device))
+    group, uniform = _invert(groups.sum(dim=1).double(), uniform)
     members = groups[torch.arange(len(group), device=group.device), :, group]  # (B, GROUP)
     member, _ = _invert(members.double(), uniform)
     return member * groups.shape[2] + group
 
 
+def _sum(mass: Tensor) -> Tensor:
+    """Fp32 [B, whole groups] -> fp64 [B]. Groups first: long rows alone would be summed in another order than many."""
+    total: Tensor = mass.unflatten(1, (GROUP, -1)).sum(dim=1).double().sum(dim=-1)
+    return total
+
+
 def _from_likeliest(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """[B, V] -> int64 [B], by top-k, then top-p."""
-    scaled = _scaled(logits, sequences)
-    device, num_logits = logits.device, scaled.shape[1]
-    top_k = torch.tensor([min(s.sampling.top_k or num_logits, num_logits) for s in sequences], device=device)
-    top_p = torch.tensor([s.sampling.top_p for s in sequences], dtype=torch.float64, device=device)
-    uniform = _uniform(sequences, device)
-    ordered, token_ids = _likeliest(scaled)
-    mass = ordered.double().exp()
-    total = scaled.exp_().sum(dim=-1).double()
-    suffices = (top_k <= mass.shape[1]) | ((top_k == num_logits) & (mass.sum(dim=-1) > top_p * total))
-    tokens = _from_ordered(mass, token_ids, total, top_k, top_p, uniform)
-    rest = (~suffices).nonzero().squeeze(1)
-    if len(rest):
-        scaled = _scaled(logits[rest], [sequences[row] for row in rest.tolist()])
-        ordered, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
-        mass = ordered.double().exp()
-        tokens[rest] = _from_ordered(mass, token_ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
-    return tokens
+    """[B, V] -> int64 [B], by a top-k up to NUM_LIKELIEST, then top-p."""
+    return _from_ordered(*_likeliest(_scaled(logits, sequences)), sequences)
+
+
+def _from_sorted(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """[B, V] -> int64 [B], by any top-k, then top-p."""
+    return _from_ordered(*_scaled(logits, sequences).sort(dim=-1, descending=True, stable=True), sequences)
 
 
 def _likeliest(scaled: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,16 +125,15 @@ def _likeliest(scaled: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, where // best.shape[1] * num_groups + best.gather(1, where % best.shape[1])
 
 
-def _from_ordered(
-    mass: Tensor, token_ids: Tensor, total: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
-) -> Tensor:
-    """The mass, fp64 [B, n], of the likeliest n tokens [B, n], in order, and of all [B] -> int64 [B]."""
-    num_ordered = mass.shape[1]
-    mass = mass.masked_fill(torch.arange(num_ordered, device=mass.device) >= top_k[:, None], 0.0)
-    total = torch.where(top_k <= num_ordered, mass.sum(dim=-1), total)
-    before = (mass.cumsum(dim=-1) - mass) / total[:, None]  # the share of likelier tokens
-    mass = mass.masked_fill(before >= top_p[:, None], 0.0)  # keeps the likeliest at least
-    rank, _ = _invert(mass, uniform)
+def _from_ordered(scaled: Tensor, token_ids: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Of the likeliest n tokens, at least as many as top-k keeps, in order: fp32 [B, n], int64 [B, n] -> int64 [B]."""
+    ranks = torch.arange(scaled.shape[1], device=scaled.device)
+    top_k = torch.tensor([s.sampling.top_k or 0 for s in sequences], device=scaled.device)
+    mass = scaled.double().exp().masked_fill_(ranks >= top_k[:, None], 0.0)
+    before = mass.cumsum(dim=-1) - mass  # the mass of likelier tokens
+    limit = _top_p(sequences, scaled.device) * mass.sum(dim=-1)
+    mass = mass.masked_fill(before >= limit[:, None], 0.0)  # keeps the likeliest at least
+    rank, _ = _invert(mass, _uniform(sequences, scaled.device))
     return token_ids.gather(1, rank[:, None]).squeeze(1)
 
 
@@ -132,8 +152,15 @@ def _invert(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.squeeze(1), rest.squeeze(1).clamp(0.0, 1.0)
 
 
-def _uniform(sequences: list[Sequence], device: torch.device) -> Tensor:
-    """Fp64 [B] in [0, 1): the number of each request's seed for its next token."""
+def _top_p(sequences: list[Sequence], device: torch.device) -> Tensor:
+    """Fp64 [B]."""
+    return torch.tensor([s.sampling.top_p for s in sequences], dtype=torch.float64, device=device)
+
+
+def _uniform(sequences: list[Sequence], device: torch.device, attempt: int = 0) -> Tensor:
+    """Fp64 [B] in [0, 1): the number of each request's seed for its next token, another for each attempt at it."""
     numbers = [s.seed.to_bytes(8, "little") + s.num_generated.to_bytes(8, "little") for s in sequences]
-    digests = [int.from_bytes(hashlib.blake2b(number, digest_size=8).digest(), "little") for number in numbers]
-    return torch.tensor([digest >> 11 for digest in digests], dtype=torch.float64, device=device) * 2.0**-53
+    salt = attempt.to_bytes(8, "little")
+    digests = [hashlib.blake2b(number, digest_size=8, salt=salt).digest() for number in numbers]
+    integers = [int.from_bytes(digest, "little") >> 11 for digest in digests]
+    return torch.tensor(integers, dtype=torch.float64, device=device) * 2.0**-53

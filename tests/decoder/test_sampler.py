@@ -10,6 +10,7 @@ from service.contract import SamplingParams, ValidRequest
 from service.decoder.sampler import sample
 from service.decoder.sequence import Sequence
 from service.families.flamingo import see
+from tests.decoder.launches import Launches
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -3.0, 1.5, 0.5])
 
@@ -55,10 +56,11 @@ def test_frequencies_follow_the_distribution(sampling: SamplingParams) -> None:
     [
         SamplingParams(temperature=1.0),
         SamplingParams(temperature=0.2),
-        SamplingParams(temperature=0.2, top_p=0.5),  # the likeliest 256 hold all that may be chosen
+        SamplingParams(temperature=0.2, top_p=0.5),
         SamplingParams(temperature=1.0, top_k=100),
         SamplingParams(temperature=1.5, top_k=200, top_p=0.8),
-        SamplingParams(temperature=1.0, top_p=0.9),  # they do not
+        SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(temperature=2.0, top_p=0.1),  # of ten tokens drawn of all one is kept
         SamplingParams(temperature=1.0, top_k=700),
         SamplingParams(temperature=1.2, top_k=700, top_p=0.8),
         SamplingParams(temperature=1.0, top_k=700, top_p=0.3),  # of the mass of the 700, not of all
@@ -136,6 +138,17 @@ def test_top_p_keeps_the_fewest_tokens_whose_mass_reaches_it() -> None:
     sampling = SamplingParams(temperature=1.0, top_p=0.5)
     sequences = [Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, seed) for seed in range(200)]
     assert len(set(sample(torch.zeros(200, 4), sequences))) == 2
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_top_p_sorts_nothing(top_p: float) -> None:
+    """A sort of a whole vocabulary takes longer than the step's other work on it."""
+    sampling = SamplingParams(temperature=1.0, top_p=top_p)
+    sequences = [Sequence(0, ValidRequest((1,), sampling=sampling), {}, see, 0.0, seed) for seed in range(32)]
+    logits = torch.randn(32, 5000, generator=torch.Generator().manual_seed(1))
+    with Launches() as launches:
+        sample(logits, sequences)
+    assert "exp_" in launches.kernels and not launches.kernels.keys() & {"sort", "topk"}
 
 
 def test_a_temperature_below_the_threshold_is_greedy_also_between_near_equals() -> None:
