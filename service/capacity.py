@@ -5,13 +5,16 @@ Reads config.json only. With s bytes per number (2 for bfloat16), X gated blocks
 
     token bytes    = 2 · n · K · C · s                      its K and V in every layer
     picture bytes  = 2 · X · R · K' · C' · s                its K and V in every gated block
-    free           = memory · (1 - reserve) - weights       reserve: vision encoder, activations, the driver
-    tokens         = free · 60 % / token bytes,  pictures = free · 20 % / picture bytes   (the engine's own shares)
+    free           = memory · fraction - weights - step     CROSSGATE_DECODER_MEMORY_FRACTION; tensors of a step
+    tokens         = free · 75 % / (token bytes · (1 + 1/n))
+    pictures       = free · 25 % / (picture bytes · (1 + 1/X))
     bytes per step = weights read + B · (context · token bytes + seen · picture bytes)
     tokens/s      <= B · bandwidth / bytes per step
 
-Left to itself the engine takes no more than 16,384 pictures and the tokens of CROSSGATE_MAX_RUNNING full contexts;
-CROSSGATE_IMAGE_PAGES and CROSSGATE_KV_BLOCKS set each.
+This is the rule of `shares`, by which the engine makes its pools; the engine measures what a step takes, here it is
+estimated. One layer more is what attention gathers. Pictures are 16,384 at most, and tokens have what they leave; the
+engine has no more tokens than CROSSGATE_MAX_RUNNING full contexts. CROSSGATE_IMAGE_PAGES and CROSSGATE_KV_BLOCKS set
+either.
 
 A step reads each weight once, whatever the batch, but of an untied embedding only the rows it looks up; it writes one
 token's K/V a sequence, which is left out. The ceiling is of reading alone: it supposes that computing hides behind it,
@@ -26,15 +29,15 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.errors import CrossgateError
 from service.families import load_family
 from service.families.family import DecoderConfig
+from service.shares import DECODER_FRACTION, MAX_PICTURES, Pool, divide
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TOKENS_SHARE, PICTURES_SHARE = 0.6, 0.2  # of what is free; the rest is for a step's tensors
 BLOCK_SIZE = 16  # tokens; K/V is handed out in whole blocks
 BATCHES = (1, 4, 16, 32, 64, 128, 256)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -61,20 +64,22 @@ class Capacity:
         return self.num_tokens // (-(-context // BLOCK_SIZE) * BLOCK_SIZE)
 
 
-def plan(config: DecoderConfig, dtype: str, memory_bytes: int, reserve: float) -> Capacity:
-    """`reserve`: the share of memory that is neither the decoder's weights nor K/V. Nothing fits: the counts are 0."""
-    size, parameters = DTYPE_BYTES[dtype], config.num_parameters
+def plan(config: DecoderConfig, dtype: str, memory_bytes: int) -> Capacity:
+    """`memory_bytes`: what there is for the decoder's weights and K/V. Nothing fits: the counts are 0."""
+    size, parameters, cross = DTYPE_BYTES[dtype], config.num_parameters, config.cross_attention
     unread = 0 if config.tied_head else config.vocab_size * config.width
-    token_bytes, picture_bytes = config.token_kv_bytes(size), config.cross_attention.picture_kv_bytes(size)
-    free = max(0, int(memory_bytes * (1 - reserve)) - parameters * size)
+    free = max(0, memory_bytes - parameters * size)
+    block_bytes = BLOCK_SIZE * replace(config, num_layers=config.num_layers + 1).token_kv_bytes(size)
+    page_bytes = replace(cross, layers=(*cross.layers, config.num_layers)).picture_kv_bytes(size)
+    num_blocks, num_pictures = divide(free, Pool(block_bytes, 0, free), Pool(page_bytes, 0, MAX_PICTURES))
     return Capacity(
         num_parameters=parameters,
         weight_bytes=parameters * size,
         read_bytes=(parameters - unread) * size,
-        token_bytes=token_bytes,
-        picture_bytes=picture_bytes,
-        num_tokens=int(free * TOKENS_SHARE) // (token_bytes * BLOCK_SIZE) * BLOCK_SIZE,
-        num_pictures=int(free * PICTURES_SHARE) // picture_bytes if picture_bytes else 0,
+        token_bytes=config.token_kv_bytes(size),
+        picture_bytes=cross.picture_kv_bytes(size),
+        num_tokens=num_blocks * BLOCK_SIZE,
+        num_pictures=num_pictures,
     )
 
 
@@ -121,17 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES), default="bfloat16")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a sequence, prompt and answer")
     parser.add_argument("--pictures", type=int, default=1, help="pictures that a token looks at")
-    parser.add_argument("--reserve", type=float, default=0.1, help="share of memory for everything else")
+    parser.add_argument("--fraction", type=float, default=DECODER_FRACTION, help="the decoder's of the memory")
+    parser.add_argument("--step", type=parse_size, default="2GB", metavar="2GB", help="what a step's tensors take")
     options = parser.parse_args(arguments)
-    if options.context < 1 or options.pictures < 0 or not 0 <= options.reserve < 1:
-        parser.error("context must be above 0, pictures at least 0, reserve in [0, 1)")
+    if options.context < 1 or options.pictures < 0 or not 0 < options.fraction <= 1:
+        parser.error("context must be above 0, pictures at least 0, fraction above 0 and at most 1")
     try:
         family = load_family(options.model_path)
     except CrossgateError as error:
         print(f"crossgate: {error.message}", file=sys.stderr)
         return 2
-    capacity = plan(family.decoder, options.dtype, options.gpu_memory, options.reserve)
-    title = f"{family.name} in {options.dtype} on {_bytes(options.gpu_memory)}"
+    memory_bytes = int(options.gpu_memory * options.fraction) - options.step
+    capacity = plan(family.decoder, options.dtype, memory_bytes)
+    title = f"{family.name} in {options.dtype}, {options.fraction:.0%} of {_bytes(options.gpu_memory)}"
     print(describe(title, family.decoder, capacity, options.bandwidth, options.context, options.pictures))
     return 0
 

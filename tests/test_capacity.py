@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from service.capacity import BLOCK_SIZE, DTYPE_BYTES, main, parse_size, plan
 from service.decoder import kv_blocks
 from service.decoder.model import Decoder
 from service.decoder.page_pool import PagePool, PageShape
-from service.decoder.settings import DTYPES
+from service.decoder.pool_sizes import HOST_SHARE, pool_sizes
+from service.decoder.settings import DTYPES, DecoderSettings
 from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
 from service.families.parts import (
     Activation,
@@ -22,6 +24,7 @@ from service.families.parts import (
     RMSNormConfig,
     Rotary,
 )
+from service.shares import MAX_PICTURES
 
 RMS, LAYER_NORM = RMSNormConfig(1e-5), LayerNormConfig(1e-5, bias=True)
 HEADS = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8)
@@ -85,7 +88,7 @@ def test_parameters_are_those_of_the_real_decoder(config):
 @pytest.mark.parametrize("config", OTHERS)
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_bytes_are_those_of_the_real_caches(config, dtype):
-    capacity = plan(config, dtype, memory_bytes=10**9, reserve=0.0)
+    capacity = plan(config, dtype, memory_bytes=10**9)
     device = torch.device("meta")
     tokens = PagePool(PageShape.of_text(config), 7, device, DTYPES[dtype])
     assert capacity.token_bytes * 7 * BLOCK_SIZE == tokens.k.nbytes + tokens.v.nbytes
@@ -98,27 +101,36 @@ def test_constants_are_the_engines():
     assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == DTYPE_BYTES
 
 
-def test_what_fits_stays_within_its_share():
-    memory = 10**8
-    capacity = plan(CONFIG, "bfloat16", memory, reserve=0.25)
-    free = 0.75 * memory - capacity.weight_bytes
-    used = capacity.num_tokens * capacity.token_bytes, capacity.num_pictures * capacity.picture_bytes
-    assert 0.6 * free - BLOCK_SIZE * capacity.token_bytes < used[0] <= 0.6 * free
-    assert 0.2 * free - capacity.picture_bytes < used[1] <= 0.2 * free
+@pytest.mark.parametrize("memory", [10**6, 10**7, 10**9])  # the last has room for more pictures than are made
+def test_what_fits_is_what_the_engine_would_make(monkeypatch, memory):
+    capacity = plan(CONFIG, "bfloat16", memory)
+    free = memory - capacity.weight_bytes
+    monkeypatch.setattr("service.decoder.pool_sizes.free_host_bytes", lambda: int(free / HOST_SHARE))
+    roomy = DecoderSettings(dtype="bfloat16", max_running=10**6, max_step_tokens=10**6 + 1)
+    num_blocks, num_pages = pool_sizes(SimpleNamespace(decoder=CONFIG), None, roomy)
+    assert (capacity.num_tokens, capacity.num_pictures) == (num_blocks * BLOCK_SIZE, num_pages)
+    assert (num_pages == MAX_PICTURES) == (memory == 10**9)
+
+
+def test_text_has_three_quarters_of_what_is_free():
+    capacity = plan(CONFIG, "bfloat16", 10**7)
+    free = 10**7 - capacity.weight_bytes
+    assert capacity.num_tokens * capacity.token_bytes * 4 / 3 == pytest.approx(0.75 * free, rel=0.001)  # of 3 layers, 4
+    assert capacity.num_pictures * capacity.picture_bytes * 3 / 2 == pytest.approx(0.25 * free, rel=0.01)
     assert capacity.max_batch(100) == capacity.num_tokens // 112  # whole blocks
 
 
 def test_model_that_does_not_fit_leaves_room_for_nothing():
-    capacity = plan(CONFIG, "float32", memory_bytes=1000, reserve=0.1)
+    capacity = plan(CONFIG, "float32", memory_bytes=1000)
     assert (capacity.num_tokens, capacity.num_pictures) == (0, 0)
 
 
 def test_step_reads_weights_once_and_kv_for_each_sequence():
-    capacity = plan(CONFIG, "float16", memory_bytes=10**9, reserve=0.1)
+    capacity = plan(CONFIG, "float16", memory_bytes=10**9)
     one, many = capacity.step_bytes(1, 64, 2), capacity.step_bytes(9, 64, 2)
     assert many - one == 8 * (64 * capacity.token_bytes + 2 * capacity.picture_bytes)
     assert capacity.weight_bytes - capacity.read_bytes == CONFIG.vocab_size * CONFIG.width * 2
-    tied = plan(OTHERS[1], "float16", memory_bytes=10**9, reserve=0.1)
+    tied = plan(OTHERS[1], "float16", memory_bytes=10**9)
     assert tied.read_bytes == tied.weight_bytes
 
 

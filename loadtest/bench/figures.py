@@ -25,7 +25,7 @@ from tests.reliability.table import markdown
 
 LONG = 2000  # tokens of the long prompt
 STEPS = 24
-POOLS = {"kv_blocks": 1024, "image_pages": 128}  # what these need; else each engine takes a fifth of the memory
+POOLS = {"kv_blocks": 1024, "image_pages": 128}  # what these need; else each engine takes a quarter of the memory
 TINY_WORDS = range(270, 350)  # of the tiny checkpoint's vocabulary
 WORDS = "the thing is in a string " * 4
 pictures = itertools.count(7_000_000)  # numbers that nobody asked about before

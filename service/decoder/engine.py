@@ -22,6 +22,7 @@ from service.decoder.image_pages import ImagePages
 from service.decoder.kv_blocks import KVBlocks
 from service.decoder.model import Decoder
 from service.decoder.page_pool import PagePool, PageShape
+from service.decoder.pool_sizes import pool_sizes
 from service.decoder.runner import Runner
 from service.decoder.scheduler import Chunk, Scheduler, Step
 from service.decoder.sequence import Sequence
@@ -58,7 +59,7 @@ class EngineStats:
 class Engine:
     def __init__(self, family: Family, model: Decoder, settings: DecoderSettings) -> None:
         config, dtype, device = family.decoder, DTYPES[settings.dtype], torch.device(settings.device)
-        num_blocks, num_pages = settings.sized(config)
+        num_blocks, num_pages = pool_sizes(family, model, settings)
         self.family = family
         self.scheduler = Scheduler(
             KVBlocks(num_blocks),

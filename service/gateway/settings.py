@@ -23,6 +23,8 @@ STAGE_VARIABLES = frozenset(  # read by the two stages and the launcher, which s
         "CROSSGATE_MAX_STEP_TOKENS",
         "CROSSGATE_KV_BLOCKS",
         "CROSSGATE_IMAGE_PAGES",
+        "CROSSGATE_DECODER_MEMORY_FRACTION",
+        "CROSSGATE_ENCODER_MEMORY_FRACTION",
         "CROSSGATE_NUM_THREADS",
     }
 )

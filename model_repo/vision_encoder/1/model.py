@@ -43,6 +43,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         import torch
 
+        from service.shares import MemoryFractions
         from service.turns import Turns
         from service.vision.stage import VisionStage
 
@@ -50,6 +51,9 @@ class TritonPythonModel:
         family = load_family(Path(os.environ["MODEL_PATH"]))
         dtype = os.environ.get("DTYPE") or ("bfloat16" if on_gpu() else "float32")
         device = os.environ.get("DEVICE") or ("cuda" if on_gpu() else "cpu")
+        fractions = MemoryFractions.from_environment()
+        if on_gpu():
+            torch.cuda.set_per_process_memory_fraction(fractions.encoder, torch.device(device).index)
         with unchanged(family.folder):
             identity = bytearray.fromhex(family.identity)
             turns = None if on_gpu() else Turns()

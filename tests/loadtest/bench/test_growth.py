@@ -35,7 +35,7 @@ def test_what_a_process_holds_in_tensors_is_counted_once() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_predicted_bytes_are_those_of_the_pools(checkpoint: Path, dtype: str) -> None:
     measured = measured_bytes(checkpoint, dtype)
-    capacity = plan(load_family(checkpoint).decoder, dtype, memory_bytes=0, reserve=0)
+    capacity = plan(load_family(checkpoint).decoder, dtype, memory_bytes=0)
     assert measured.block == pytest.approx(capacity.token_bytes * BLOCK_SIZE, rel=0.05)
     assert measured.picture == pytest.approx(capacity.picture_bytes, rel=0.05)
 
