@@ -43,13 +43,14 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         import torch
 
+        from service.dtype import default_dtype
         from service.turns import Turns
         from service.vision.stage import VisionStage
 
         self.torch = torch
         family = load_family(Path(os.environ["MODEL_PATH"]))
-        dtype = os.environ.get("DTYPE") or ("bfloat16" if on_gpu() else "float32")
         device = os.environ.get("DEVICE") or ("cuda" if on_gpu() else "cpu")
+        dtype = os.environ.get("DTYPE") or default_dtype(device)
         with unchanged(family.folder):
             identity = bytearray.fromhex(family.identity)
             turns = None if on_gpu() else Turns()
