@@ -1,6 +1,7 @@
 """Measures a connector on drawings of vendors that training never saw, as it is served: pictures in, greedy tokens out.
 
     python -m demo.evaluate                    # the committed connector, in fp32 through both stages' own code
+    python -m demo.evaluate --dtype bfloat16   # what processors with bfloat16 serve it in
     python -m demo.evaluate --per-kind 40      # a quicker look
 
 Every question is asked again about a blank picture, a plain background of the scene's colour: what guessing is worth.
@@ -14,6 +15,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,11 +70,11 @@ class Result(NamedTuple):
 class Served:
     """Both stages of the service in this process, on an assembled checkpoint."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, dtype: str) -> None:
         self.family = load_family(checkpoint)
         self.tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-        self.engine = Engine.from_family(self.family, SETTINGS)
-        self.vision = VisionStage(self.family, "cpu", "float32")
+        self.engine = Engine.from_family(self.family, replace(SETTINGS, dtype=dtype))
+        self.vision = VisionStage(self.family, "cpu", dtype)
 
     def answers(self, asked: Sequence[Asked]) -> list[str]:
         """Greedy answers. A question that was asked already about the same pixels is not asked again."""
@@ -154,9 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the connector on Twemoji and OpenMoji.")
     parser.add_argument("--connector", type=Path, default=CONNECTOR)
     parser.add_argument("--per-kind", type=int, help="ask at most so many questions of a kind")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        served = Served(assemble(Path(folder) / "checkpoint", arguments.connector))
+        served = Served(assemble(Path(folder) / "checkpoint", arguments.connector), arguments.dtype)
     for vendor in TEST_VENDORS:
         started = time.monotonic()
         results = evaluate(served, vendor, arguments.per_kind)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from service.dtype import default_dtype
 from service.errors import InvalidRequest
 from service.shares import DECODER_FRACTION, MemoryFractions
 
@@ -52,7 +53,7 @@ class DecoderSettings:
         prefill_tokens = None if on_gpu else CPU_PREFILL_TOKENS
         return cls(
             device=device,
-            dtype=environment.get("DTYPE") or ("bfloat16" if on_gpu else "float32"),
+            dtype=environment.get("DTYPE") or default_dtype(device),
             max_running=max_running,
             max_waiting=_integer(environment, "CROSSGATE_MAX_WAITING") or 256,
             max_step_tokens=_integer(environment, "CROSSGATE_MAX_STEP_TOKENS") or step_tokens,

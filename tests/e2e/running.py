@@ -34,7 +34,14 @@ class Running:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service.launch", *arguments],
             cwd=root,
-            env={**os.environ, "PORT": "0", "DEVICE": "cpu", "CROSSGATE_NUM_THREADS": "1", **environment},
+            env={
+                **os.environ,
+                "PORT": "0",
+                "DEVICE": "cpu",
+                "DTYPE": "float32",
+                "CROSSGATE_NUM_THREADS": "1",
+                **environment,
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -43,14 +43,15 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         import torch
 
+        from service.dtype import default_dtype
         from service.shares import MemoryFractions
         from service.turns import Turns
         from service.vision.stage import VisionStage
 
         self.torch = torch
         family = load_family(Path(os.environ["MODEL_PATH"]))
-        dtype = os.environ.get("DTYPE") or ("bfloat16" if on_gpu() else "float32")
         device = os.environ.get("DEVICE") or ("cuda" if on_gpu() else "cpu")
+        dtype = os.environ.get("DTYPE") or default_dtype(device)
         fractions = MemoryFractions.from_environment()
         if on_gpu():
             torch.cuda.set_per_process_memory_fraction(fractions.encoder, torch.device(device).index)
