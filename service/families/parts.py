@@ -100,7 +100,7 @@ class Rotary:
 
 def as_rotary(config: dict[str, Any], head_width: int) -> Rotary:
     """The rotary positions of a `transformers` config, in its older spelling or its newer. Raises ValueError."""
-    rope = next((config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None), {})
+    rope: Any = next((config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None), {})
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters or rope_scaling is {rope!r}, not an object")
     theta = _positive("rope_theta", (config | rope).get("rope_theta", 10000.0))
