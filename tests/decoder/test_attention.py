@@ -151,6 +151,6 @@ def test_a_table_of_any_pages_in_any_order_is_read_as_it_stands() -> None:
     q = torch.randn(1, 1, 8, generator=generator)
     for pages in product(range(4), repeat=4):
         runs = [(1, list(pages), 4)]
-        got = attend(q, k_pages, v_pages, Spans.of(runs, causal=False, device=CPU))
+        got = attend(q, k_pages, v_pages, spans_of(runs, causal=False))
         expected = formula(q, k_pages, v_pages, runs, False)
         torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5, msg=str(pages))
