@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from loadtest.bench.scenario import Request
 from loadtest.bench.worker import Worker, environment
-from service.cores import num_cores
 from service.launch.settings import ROOT, free_ports
 from tests.e2e.running import Running
 
@@ -67,9 +66,7 @@ class Service:
 
     def __init__(self, folder: Path, dtype: str, users: Worker, name: str = "service") -> None:
         self.name, self._users = name, users
-        self.running = Running(
-            "--no-question", MODEL_PATH=str(folder), DTYPE=dtype, CROSSGATE_NUM_THREADS=str(num_cores())
-        )
+        self.running = Running("--no-question", MODEL_PATH=str(folder), DTYPE=dtype, CROSSGATE_NUM_THREADS="")
         try:
             self.running.wait_until_ready()
         except BaseException:

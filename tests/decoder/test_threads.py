@@ -55,17 +55,18 @@ model.finalize()
 """
 
 
-def test_the_decoder_has_one_pool_of_openmp_threads(tmp_path: Path) -> None:
-    """From loading to the last token, with latents large enough for Triton's thread to copy them in parallel."""
-    folder = make_idefics(tmp_path, perceiver=LARGE)
+def num_openmp_threads(tmp_path: Path, **settings: str) -> int:
+    """That a decoder started beside the one that computes, from loading to the last token."""
     environment = {
         **os.environ,
-        "MODEL_PATH": str(folder),
+        "MODEL_PATH": str(make_idefics(tmp_path, perceiver=LARGE)),
         "DEVICE": "cpu",
+        "CROSSGATE_NUM_THREADS": "",
         "OMP_NUM_THREADS": str(NUM_THREADS),
         "MKL_NUM_THREADS": str(NUM_THREADS),
         "MKL_DYNAMIC": "FALSE",  # else torch takes no more threads than there are cores
         "OPENBLAS_NUM_THREADS": "1",
+        **settings,
     }
     done = subprocess.run(
         [sys.executable, "-c", CODE],
@@ -77,4 +78,13 @@ def test_the_decoder_has_one_pool_of_openmp_threads(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert f"openmp {NUM_THREADS - 1}\n" in done.stdout
+    return int(done.stdout.rpartition("openmp ")[2])
+
+
+def test_the_decoder_has_one_pool_of_openmp_threads(tmp_path: Path) -> None:
+    """Also with latents large enough for Triton's thread to copy them in parallel."""
+    assert num_openmp_threads(tmp_path, CROSSGATE_NUM_THREADS=str(NUM_THREADS)) == NUM_THREADS - 1
+
+
+def test_a_small_decoder_leaves_the_other_cores_to_what_carries_its_tokens(tmp_path: Path) -> None:
+    assert num_openmp_threads(tmp_path) == 0
