@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
+REST = 50.0  # times as long as a beat took: on a slow processor it is a picture encoded and a token decoded
 
 
 class Heartbeat:
-    """`ask`: one beat; ends within `timeout_s`. A result is good for three periods and one more beat.
+    """`ask`: one beat; ends within `timeout_s`. A result is good for three periods and one more beat, so models that
+    answer slowly may rest for up to three periods.
 
     `heard`: whether all models have answered somebody just now. Then they are alive, whatever the last beat met.
     """
@@ -33,6 +35,7 @@ class Heartbeat:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            begin_s = time.monotonic()
             try:
                 alive = await self._ask()
             except Exception:  # a bug of ours; the beat goes on
@@ -42,7 +45,9 @@ class Heartbeat:
                 log.log(logging.INFO if alive else logging.WARNING, "the models answer" if alive else "no answer")
             self._alive, self._asked_at_s = alive, time.monotonic()
             self._first.set()
-            await asyncio.sleep(self._period_s)
+            took_s = self._asked_at_s - begin_s
+            rest_s = min(REST * took_s, 3 * self._period_s) if alive else 0.0
+            await asyncio.sleep(max(self._period_s, rest_s))
 
     async def ready(self) -> bool:
         """The last result, if nothing newer is known; False if it is old. Waits for the first one."""

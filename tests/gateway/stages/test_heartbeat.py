@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -88,3 +89,28 @@ async def test_models_that_answer_others_are_ready_before_the_next_beat_and_not_
         models.was_heard = False
         assert not await heartbeat.ready()
     assert models.num_asked == 1
+
+
+@pytest.mark.parametrize(("answer", "takes_s", "rests_s"), [(True, 0.05, 0.15), (True, 0.0, 0.05), (False, 0.05, 0.05)])
+async def test_slow_models_that_answer_are_left_in_peace_for_up_to_three_periods(
+    answer: bool, takes_s: float, rests_s: float
+) -> None:
+    rests: list[float] = []
+    ended_s: float | None = None
+
+    async def ask() -> bool:
+        nonlocal ended_s
+        if ended_s is not None:
+            rests.append(time.monotonic() - ended_s)
+        await asyncio.sleep(takes_s)
+        ended_s = time.monotonic()
+        return answer
+
+    heartbeat = Heartbeat(ask, lambda: False, period_s=0.05, timeout_s=20)
+    running = asyncio.create_task(heartbeat.run())
+    async with asyncio.timeout(20):
+        while len(rests) < 5:
+            assert await heartbeat.ready() == answer
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert min(rests) == pytest.approx(rests_s, abs=0.03)
