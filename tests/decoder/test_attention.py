@@ -134,7 +134,7 @@ def test_the_same_spans_over_one_pool_after_another_see_what_each_holds() -> Non
     runs = [(1, [2, 4, 3, 5], 9), (1, [2, 4, 3, 5], 8), (1, [1, 6], 5)]
     generator = torch.Generator().manual_seed(0)
     for causal in (True, False):
-        spans = spans_of(runs, causal)
+        spans = spans_of([(num_rows, [*pages, 0], used) for num_rows, pages, used in runs], causal)
         for page_size, dtype in ((3, torch.float32), (3, torch.float32), (5, torch.float32), (3, torch.bfloat16)):
             k_pages, v_pages = torch.randn(2, 7, page_size, 2, 8, generator=generator).to(dtype)
             k_pages[0], v_pages[0] = torch.nan, torch.nan
