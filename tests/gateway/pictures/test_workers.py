@@ -63,7 +63,7 @@ async def gone(pid: int) -> bool:
 
 async def until_at_work(pictures: PictureReader) -> None:
     """On a heavy picture: before that, a worker looks at its headers."""
-    await until(lambda: pictures.workers._turns._free_bytes < LIMITS.memory_bytes)
+    await until(lambda: pictures.workers._queue._free_bytes < LIMITS.memory_bytes)
 
 
 async def test_a_worker_says_what_this_process_would(family: Family) -> None:
