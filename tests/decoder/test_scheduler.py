@@ -181,7 +181,7 @@ requests = st.tuples(
     st.integers(5, 40),
     st.integers(0, 4),
     st.integers(1, 20),
-        st.sampled_from([None, 1, 2, 3, 8, 30]),
+    st.sampled_from([None, 1, 2, 3, 8, 30]),
     st.sampled_from([0.0, 0.02, 0.5]),
 )
 def test_every_request_ends_exactly_once_and_everything_is_returned(
