@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SHARE = 1.5  # of the other's turn, that one's own may last: between tokens then lie at most some three steps
+SHARE = 1.0  # of the other's turn, that one's own may last: between tokens then lie some two steps, three at most
 POLL_S = 0.0002
 TIMEOUT_S = 2.0  # then whoever has the turn is stopped or stuck, and takes no cores
 
