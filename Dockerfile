@@ -21,7 +21,7 @@ ENV PATH=/opt/venv/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTEC
 WORKDIR /opt/crossgate
 COPY --from=gateway-packages /opt/venv /opt/venv
 COPY deploy/docker/probe.py deploy/docker/gateway.sh bin/
-COPY service/__init__.py service/contract.py service/cores.py service/errors.py service/
+COPY service/__init__.py service/contract.py service/cores.py service/errors.py service/heap.py service/
 COPY service/families service/families
 COPY service/gateway service/gateway
 RUN python3 -m compileall -q bin service
@@ -47,7 +47,7 @@ ENV PATH=/opt/venv/bin:/opt/tritonserver/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=
 WORKDIR /opt/crossgate
 COPY --from=triton-packages /opt/venv /opt/venv
 COPY deploy/docker/probe.py deploy/docker/serve_triton.py bin/
-COPY service/__init__.py service/activations.py service/checkpoint.py service/contract.py service/dtype.py service/errors.py service/isolation.py service/memory.py service/packed.py service/shares.py service/turns.py service/
+COPY service/__init__.py service/activations.py service/checkpoint.py service/contract.py service/dtype.py service/errors.py service/heap.py service/isolation.py service/memory.py service/packed.py service/shares.py service/turns.py service/
 COPY service/families service/families
 COPY service/vision service/vision
 COPY service/decoder service/decoder

@@ -17,6 +17,7 @@ from service.gateway.stages.triton import TritonBackend
 from service.gateway.telemetry.logs import configure_logs
 from service.gateway.telemetry.tracing import Tracing, configure_tracing
 from service.gateway.text.prompt import load_tokenizer
+from service.heap import freeze_heap
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def main() -> int:
         listeners = [listen(settings.host, port, settings.client_timeout_s) for port in ports]
         if not settings.has_keys and not _is_local(listeners[0]):
             log.warning("no API keys are set: everybody who reaches %s may ask", settings.host)
+        freeze_heap()
         serve(app, settings, listeners)
     except CrossgateError as error:
         print(f"crossgate: {error.message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""All that torch computes in parallel is computed by one thread: each that does has OpenMP threads of its own."""
+"""What goes on in the decoder's process beside its steps: OpenMP's threads, and what Python's collector looks at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_THREADS = 3
 LARGE = {"resampler_n_latents": 64}  # 16 pictures' latents are more than torch copies with one thread
 CODE = """
-import os, sys, threading
+import gc, os, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +50,14 @@ request = stand_in.Request(
 )
 model.execute([request])
 assert len(stand_in.answer(request)) == 8
+print("objects", len(gc.get_objects()))
 print("openmp", num_openmp_threads() - before)
 model.finalize()
 """
 
 
-def num_openmp_threads(tmp_path: Path, **settings: str) -> int:
-    """That a decoder started beside the one that computes, from loading to the last token."""
+def measure(what: str, tmp_path: Path, **settings: str) -> int:
+    """After a request, from loading to the last token. `openmp`: threads beside the one that computes."""
     environment = {
         **os.environ,
         "MODEL_PATH": str(make_idefics(tmp_path, perceiver=LARGE)),
@@ -78,13 +79,21 @@ def num_openmp_threads(tmp_path: Path, **settings: str) -> int:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.rpartition("openmp ")[2])
+    return int(done.stdout.rpartition(f"{what} ")[2].split()[0])
 
 
 def test_the_decoder_has_one_pool_of_openmp_threads(tmp_path: Path) -> None:
-    """Also with latents large enough for Triton's thread to copy them in parallel."""
-    assert num_openmp_threads(tmp_path, CROSSGATE_NUM_THREADS=str(NUM_THREADS)) == NUM_THREADS - 1
+    """All that torch computes in parallel is computed by one thread: each that does has threads of its own.
+
+    Also with latents large enough for Triton's thread to copy them in parallel.
+    """
+    assert measure("openmp", tmp_path, CROSSGATE_NUM_THREADS=str(NUM_THREADS)) == NUM_THREADS - 1
 
 
 def test_a_small_decoder_leaves_the_other_cores_to_what_carries_its_tokens(tmp_path: Path) -> None:
-    assert num_openmp_threads(tmp_path) == 0
+    assert measure("openmp", tmp_path) == 0
+
+
+def test_a_full_collection_looks_at_what_requests_left_behind_alone(tmp_path: Path) -> None:
+    """Torch and the rest are 200,000 objects, which take an eighth of a second."""
+    assert measure("objects", tmp_path) < 20_000

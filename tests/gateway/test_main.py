@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -181,3 +182,23 @@ def test_an_open_door_beyond_this_machine_is_one_warning(
     assert main() == 0
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert [("no API keys" in record.getMessage()) for record in warnings] == [True] * warned
+
+
+def test_what_is_there_when_it_begins_to_serve_is_left_alone_by_the_collector(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    num_objects = []
+
+    def serve(app: object, settings: object, listeners: list[socket.socket]) -> None:
+        num_objects.append(len(gc.get_objects()))
+        listeners[0].close()
+
+    monkeypatch.setattr("service.gateway.__main__.serve", serve)
+    monkeypatch.setattr("service.gateway.__main__.configure_logs", lambda level: None)
+    for name, value in environment_of(checkpoint, 0).items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert main() == 0
+    finally:
+        gc.unfreeze()
+    assert num_objects[0] < 1000

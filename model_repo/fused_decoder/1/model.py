@@ -65,6 +65,7 @@ class TritonPythonModel:
         from service.decoder.engine import Engine
         from service.decoder.loop import EngineLoop
         from service.decoder.settings import DecoderSettings
+        from service.heap import freeze_heap
         from service.turns import Turns
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -82,6 +83,7 @@ class TritonPythonModel:
             make_engine = partial(Engine.from_family, family, settings)
             computing = nullcontext if on_gpu() else Turns().turn
             self.loop = EngineLoop(make_engine, on_step=DecoderMetrics().publish, computing=computing)
+        freeze_heap()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand every request to the engine; its thread answers through the response senders."""

@@ -44,6 +44,7 @@ class TritonPythonModel:
         import torch
 
         from service.dtype import default_dtype
+        from service.heap import freeze_heap
         from service.shares import MemoryFractions
         from service.turns import Turns
         from service.vision.stage import VisionStage
@@ -61,6 +62,7 @@ class TritonPythonModel:
             self.stage = VisionStage(family, device, dtype, turns)
         self.identity = torch.frombuffer(identity, dtype=torch.uint8)
         self.works = True
+        freeze_heap()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One forward for all the requests that Triton's dynamic batcher put together; one that fails fails alone.
