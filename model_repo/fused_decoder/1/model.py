@@ -23,7 +23,7 @@ SWITCH_INTERVAL_S = 0.001
 
 # Of a decoder whose steps a second thread makes hardly shorter (0.6 M parameters: 3.7 and 3.5 ms with 32 sequences;
 # 2.4 M: 6.8 and 5.5; 28 M: 32 and 21), but takes a core from all that carries its tokens to those who asked.
-SMALL = 4_000_000
+ONE_THREAD_BELOW = 4_000_000  # parameters
 
 
 def on_gpu() -> bool:
@@ -78,7 +78,7 @@ class TritonPythonModel:
                 check_makers, config=family.config_identity, checkpoint=family.identity, max_images=max_positions
             )
             settings = DecoderSettings.from_environment()
-            if family.decoder.num_parameters < SMALL and not os.environ.get("CROSSGATE_NUM_THREADS"):
+            if family.decoder.num_parameters < ONE_THREAD_BELOW and not os.environ.get("CROSSGATE_NUM_THREADS"):
                 torch.set_num_threads(1)
             make_engine = partial(Engine.from_family, family, settings)
             computing = nullcontext if on_gpu() else Turns().turn
