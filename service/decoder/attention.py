@@ -8,6 +8,7 @@ Source: PagedAttention (arXiv 2309.06180) §4; GQA (arXiv 2305.13245); Flamingo 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from service.decoder.upload import upload
 
+CACHED_NUMBERS = 1 << 20  # of K, and as many of V, that one call gathers on a CPU: they are read again at once
 Run = tuple[int, Sequence[int], int]  # number of rows, pages, used
 
 
@@ -36,7 +38,8 @@ class Spans:
     table: Tensor  # int32 [S, W]
     used: Tensor  # int32 [S]
     causal: bool
-    _plans: dict[tuple[int, torch.dtype], Plan] = field(default_factory=dict, init=False, repr=False)
+    scratch: Scratch
+    _plans: dict[tuple[torch.Size, torch.dtype], Plan] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
     def numbers(runs: Sequence[Run]) -> tuple[array[int], array[int], array[int]]:
@@ -47,25 +50,25 @@ class Spans:
         return array("i", starts), array("i", table), array("i", [used for _, _, used in runs])
 
     @classmethod
-    def of(cls, runs: Sequence[Run], tensors: Iterator[Tensor], *, causal: bool) -> Spans:
+    def of(cls, runs: Sequence[Run], tensors: Iterator[Tensor], scratch: Scratch, *, causal: bool) -> Spans:
         """`tensors`: the next three are the runs' `numbers`, on the device."""
         starts, table, used = next(tensors), next(tensors), next(tensors)
-        return cls(runs, starts, table.view(len(runs), -1), used, causal)
+        return cls(runs, starts, table.view(len(runs), -1), used, causal, scratch)
 
-    def plan(self, page_size: int, dtype: torch.dtype) -> Plan:
-        """How `attend` computes them, the same in every layer: made when it is first asked for."""
-        if (page_size, dtype) not in self._plans:
-            self._plans[page_size, dtype] = _make_plan(self, page_size, dtype)
-        return self._plans[page_size, dtype]
+    def plan(self, page: torch.Size, dtype: torch.dtype) -> Plan:
+        """How `attend` computes them over pages [K, page size, C], the same in every layer: made when first asked for."""
+        if (page, dtype) not in self._plans:
+            self._plans[page, dtype] = _make_plan(self, page, dtype)
+        return self._plans[page, dtype]
 
 
 def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, spans: Spans) -> Tensor:
-    """q [N, H, C], one layer's k_pages and v_pages [pages, page size, K, C] -> [N, H, C].
+    """q [N, H, C], one layer's k_pages and v_pages [pages, K, page size, C] -> [N, H, C].
 
     What a mask hides is the span's own: padding repeats its last page, and a NaN would go through a mask as 0 times
     itself. No K or V is copied for query heads that share a KV head.
     """
-    plan = spans.plan(k_pages.shape[1], q.dtype)
+    plan = spans.plan(k_pages.shape[1:], q.dtype)
     if not plan.groups:
         return torch.zeros_like(q)
     rows = q if plan.order is None else q.index_select(0, plan.order)
@@ -81,22 +84,41 @@ class Group:
 
     num_sets: int
     num_rows: int  # G * n
-    pages: Tensor | slice  # int64 [G * pages]; a slice where they stand in a row, which needs no gather
+    pages: Tensor | slice  # int64 [G * K * pages], one head's part of a page each; a slice where pages need no gather
     used: int  # the most that a set uses
     mask: Tensor | None  # [G, 1, n or 1, used], added to scores: 0 where a row sees, -inf where not
     is_causal: bool  # in place of a mask where sets start their sequences
-    _gathered: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, init=False, repr=False)
+    dtype: torch.dtype  # in which it is computed
+    scratch: Scratch
 
     def gather(self, k_or_v: str, pages: Tensor) -> Tensor:
-        """One layer's pages, [G * pages, page size, K, C], valid until the next layer's are gathered to the same place:
-        memory fresh from the system takes longer than the copy. All layers in inference mode, or none.
-        """
+        """One layer's pages [P, K, page size, C] as [G, K, used, C], valid until the next are gathered."""
         if isinstance(self.pages, slice):
-            return pages[self.pages]
-        place = (k_or_v, pages.shape[1:])
-        if place not in self._gathered:
-            self._gathered[place] = pages.new_empty(len(self.pages), *pages.shape[1:])
-        return torch.index_select(pages, 0, self.pages, out=self._gathered[place])
+            gathered = pages[self.pages]
+        else:
+            place = self.scratch.take(k_or_v, (len(self.pages), *pages.shape[2:]), pages)
+            gathered = torch.index_select(pages.flatten(0, 1), 0, self.pages, out=place)
+        if self.dtype != pages.dtype:
+            gathered = self.scratch.take(k_or_v, gathered.shape, pages, self.dtype).copy_(gathered)
+        return gathered.view(self.num_sets, pages.shape[1], -1, pages.shape[3])[:, :, : self.used]
+
+
+class Scratch:
+    """Memory that all groups use, in all layers and steps: fresh from the system it takes longer than the copy, and
+    what is read again at once should still be in a cache. It grows to the most that was taken.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Iterable[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of this shape on the device of `like`, of its dtype if none is given, with any content."""
+        shape, dtype = tuple(shape), dtype or like.dtype
+        size, buffer = math.prod(shape), self._buffers.get((name, dtype))
+        if buffer is None or len(buffer) < size:
+            with torch.inference_mode(False):  # or it could be written in that mode alone
+                buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=like.device)
+        return buffer[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -107,13 +129,11 @@ class Plan:
 
 def _attend_group(q: Tensor, k_pages: Tensor, v_pages: Tensor, group: Group) -> Tensor:
     """[G * n, H, C] -> [G * n, H, C]."""
-    num_kv_heads, width = k_pages.shape[2:]
-    gathered = group.gather("k", k_pages), group.gather("v", v_pages)
-    sets = (pages.reshape(group.num_sets, -1, num_kv_heads, width) for pages in gathered)
-    k, v = (of_sets[:, : group.used].transpose(1, 2) for of_sets in sets)  # (G, K, used, C)
+    num_kv_heads = k_pages.shape[1]
+    k, v = group.gather("k", k_pages), group.gather("v", v_pages)  # (G, K, used, C)
     if group.num_rows == group.num_sets:  # heads that share a KV head are its queries
-        heads = q.unflatten(1, (num_kv_heads, -1))  # (G, K, H/K, C)
-        return F.scaled_dot_product_attention(heads, k, v, group.mask).reshape(q.shape)
+        heads = q.unflatten(1, (num_kv_heads, -1)).to(group.dtype)  # (G, K, H/K, C)
+        return F.scaled_dot_product_attention(heads, k, v, group.mask).to(q.dtype).reshape(q.shape)
     heads = q.unflatten(0, (group.num_sets, -1)).transpose(1, 2)  # (G, H, n, C)
     shared = q.shape[1] != num_kv_heads
     out = F.scaled_dot_product_attention(heads, k, v, group.mask, is_causal=group.is_causal, enable_gqa=shared)
@@ -126,12 +146,13 @@ class _Set(NamedTuple):
     used: int
 
 
-def _make_plan(spans: Spans, page_size: int, dtype: torch.dtype) -> Plan:
+def _make_plan(spans: Spans, page: torch.Size, dtype: torch.dtype) -> Plan:
     device, num_rows = spans.used.device, sum(num_rows for num_rows, _, _ in spans.runs)
-    groups = _of_like_length(_sets(spans, page_size))
+    max_pages = max(1, CACHED_NUMBERS // page.numel()) if device.type == "cpu" else None
+    groups = _of_like_length(_sets(spans, page[1]), max_pages)
     order = [row for sets in groups for each in sets for row in each.rows]
     return Plan(
-        groups=[_make_group(sets, spans.causal, dtype, device) for sets in groups],
+        groups=[_make_group(sets, spans, page[0], dtype) for sets in groups],
         order=None if order == list(range(num_rows)) else _indices(order, device),
     )
 
@@ -149,35 +170,41 @@ def _sets(spans: Spans, page_size: int) -> list[_Set]:
     return list(sets.values())
 
 
-def _of_like_length(sets: list[_Set]) -> list[list[_Set]]:
-    """Groups of as many rows, none padded to more than twice its pages: a long sequence does not stretch short ones."""
+def _of_like_length(sets: list[_Set], max_pages: int | None) -> list[list[_Set]]:
+    """Groups of as many rows, none padded to more than twice its pages: a long sequence does not stretch short ones.
+
+    `max_pages`: of a group of several sets.
+    """
     groups: list[list[_Set]] = []
     for each in sorted(sets, key=lambda each: (len(each.rows), len(each.pages)), reverse=True):
-        first = groups[-1][0] if groups else None
-        if first and len(first.rows) == len(each.rows) and 2 * len(each.pages) >= len(first.pages):
-            groups[-1].append(each)
+        group = groups[-1] if groups else []
+        has_room = max_pages is None or (len(group) + 1) * len(group[0].pages if group else ()) <= max_pages
+        alike = group and len(group[0].rows) == len(each.rows) and 2 * len(each.pages) >= len(group[0].pages)
+        if alike and has_room:
+            group.append(each)
         else:
             groups.append([each])
     return sorted((sorted(group) for group in groups), key=lambda group: group[0].rows)
 
 
-def _make_group(sets: list[_Set], causal: bool, dtype: torch.dtype, device: torch.device) -> Group:
+def _make_group(sets: list[_Set], spans: Spans, num_kv_heads: int, dtype: torch.dtype) -> Group:
+    causal, device = spans.causal, spans.used.device
     width, used, n = max(len(each.pages) for each in sets), max(each.used for each in sets), len(sets[0].rows)
-    pages = [page for each in sets for page in each.pages + each.pages[-1:] * (width - len(each.pages))]
+    if n == 1 and device.type == "cpu":
+        dtype = torch.float32  # PyTorch's attention of one row takes twice as long in bfloat16
     is_causal, mask = causal and all(each.used == n for each in sets), None
     if not is_causal and (any(each.used < used for each in sets) or (causal and n > 1)):
         limits = [range(each.used - n + 1, each.used + 1) if causal else [each.used] for each in sets]
         unseen = torch.arange(used, device=device) >= _indices(chain(*limits), device).view(len(sets), 1, -1, 1)
         mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
-    in_a_row = pages == list(range(pages[0], pages[0] + len(pages)))
-    return Group(
-        num_sets=len(sets),
-        num_rows=len(sets) * n,
-        pages=slice(pages[0], pages[-1] + 1) if in_a_row else _indices(pages, device),
-        used=used,
-        mask=mask,
-        is_causal=is_causal,
-    )
+    first = sets[0].pages[0]
+    if [each.pages for each in sets] == [[first + number] for number in range(len(sets))]:
+        pages: Tensor | slice = slice(first, first + len(sets))
+    else:
+        tables = [each.pages + each.pages[-1:] * (width - len(each.pages)) for each in sets]
+        heads = range(num_kv_heads)
+        pages = _indices((page * num_kv_heads + head for table in tables for head in heads for page in table), device)
+    return Group(len(sets), len(sets) * n, pages, used, mask, is_causal, dtype, spans.scratch)
 
 
 def _indices(numbers: Iterable[int], device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ def attend(
     causal: bool,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """q [N, H, C], k_pages and v_pages [pages, page size, K, C] -> [N, H, C].
+    """q [N, H, C], k_pages and v_pages [pages, K, page size, C] -> [N, H, C].
 
     Rows starts[s]..starts[s+1] see the first used[s] positions of the pages table[s]; if `causal` they are the last of
     these positions, and each sees none behind its own. A row that sees nothing gets 0.
@@ -58,7 +58,7 @@ def attend(
     if not q.stride(2) == k_pages.stride(3) == v_pages.stride(3) == table.stride(1) == 1:
         raise ValueError("the last axes of q, pages and table have to be contiguous")
     num_rows, num_heads, head_width = q.shape
-    page_size, num_kv_heads = k_pages.shape[1:3]
+    num_kv_heads, page_size = k_pages.shape[1:3]
     num_spans, table_width = table.shape
     if num_rows == 0 or table_width == 0:
         return q.new_zeros(q.shape)
@@ -111,11 +111,11 @@ def attend_tile(
     q_row: tl.tensor,
     q_head: tl.tensor,
     k_page: tl.tensor,
-    k_slot: tl.tensor,
     k_head: tl.tensor,
+    k_slot: tl.tensor,
     v_page: tl.tensor,
-    v_slot: tl.tensor,
     v_head: tl.tensor,
+    v_slot: tl.tensor,
     table_row: tl.tensor,
     HEAD_WIDTH: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -129,7 +129,7 @@ def attend_tile(
     SPLIT: tl.constexpr,
 ) -> None:
     """One tile of a span's (row, query head) pairs, one KV head, one piece of the span's positions."""
-    kv_head = tl.program_id(0)  # neighbours read neighbouring bytes
+    kv_head = tl.program_id(0)
     tile = tl.program_id(1)
     split = tl.program_id(2)
     num_heads = tl.num_programs(0) * GROUP

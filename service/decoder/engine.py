@@ -70,6 +70,7 @@ class Engine:
             fill_tokens=_fill_tokens(config),
             max_prefill_tokens=settings.max_prefill_tokens,
             position_cost=_position_cost(config),
+            reading_cost=_reading_cost(config),
         )
         self.runner = Runner(
             model,
@@ -266,3 +267,10 @@ def _position_cost(config: DecoderConfig) -> float:
     computed at about half the rate of those with weights."""
     heads = config.attention
     return 4 * config.num_layers * heads.num_heads * heads.head_width / config.num_parameters
+
+
+def _reading_cost(config: DecoderConfig) -> float:
+    """What one position costs that a single row attends to, in tokens of a step's budget: reading its K and V, beside
+    reading all weights, which takes a CPU as long as computing some 16 tokens; what is gathered is read twice."""
+    heads = config.attention
+    return 32 * 2 * config.num_layers * heads.num_kv_heads * heads.head_width / config.num_parameters

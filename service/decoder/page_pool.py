@@ -7,6 +7,7 @@ tile's latents (`image_pages` accounts).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,31 +38,41 @@ class PageShape:
         return 2 * self.num_layers * self.page_size * self.num_kv_heads * self.head_width
 
 
+class Slots(NamedTuple):
+    """Places of N positions."""
+
+    pages: Tensor  # int64 [N]
+    offsets: Tensor  # int64 [N], in their pages
+
+
 class PagePool:
+    """`k` and `v` [layers, pages, K, page size, C]: what a head attends to on a page stands together."""
+
     def __init__(self, shape: PageShape, num_pages: int, device: torch.device, dtype: torch.dtype) -> None:
         self.page_size = shape.page_size
         self.page_bytes = shape.num_values * dtype.itemsize
-        sizes = (shape.num_layers, num_pages, shape.page_size, shape.num_kv_heads, shape.head_width)
+        sizes = (shape.num_layers, num_pages, shape.num_kv_heads, shape.page_size, shape.head_width)
         self.k = torch.zeros(sizes, device=device, dtype=dtype)
         self.v = torch.zeros(sizes, device=device, dtype=dtype)
+        self._zero = torch.zeros((), device=device, dtype=dtype)  # a number of Python's would be copied there each time
 
-    def clear(self, slots: Tensor) -> None:
-        """Before a step: int64 [n] slots (page * page size + offset) show nothing of what their last owner left.
+    def clear(self, slots: Slots) -> None:
+        """Before a step: slots show nothing of what their last owner left.
 
         A mask does not do that: a NaN, and in V an infinity, goes through it as 0 times itself.
         """
-        if len(slots) > 0:
-            self.k.flatten(1, 2).index_fill_(1, slots, 0)
-            self.v.flatten(1, 2).index_fill_(1, slots, 0)
+        if len(slots.pages) > 0:
+            self.k[:, slots.pages, :, slots.offsets] = self._zero
+            self.v[:, slots.pages, :, slots.offsets] = self._zero
 
-    def store(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write one layer's k and v [N, K, C] to slots int64 [N]."""
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+    def store(self, layer: int, slots: Slots, k: Tensor, v: Tensor) -> None:
+        """Write one layer's k and v [N, K, C] to N slots."""
+        self.k[layer][slots.pages, :, slots.offsets] = k
+        self.v[layer][slots.pages, :, slots.offsets] = v
 
     def fill(self, pages: list[int], k: Tensor, v: Tensor) -> list[bool]:
         """Write k and v [layers, n, page size, K, C] to n whole pages. Whether all numbers on each are finite."""
-        self.k[:, pages] = k = k.to(self.k.dtype)
-        self.v[:, pages] = v = v.to(self.v.dtype)
+        self.k[:, pages] = k = k.transpose(2, 3).to(self.k.dtype)
+        self.v[:, pages] = v = v.transpose(2, 3).to(self.v.dtype)
         finite = (k.isfinite() & v.isfinite()).transpose(0, 1).flatten(1).all(dim=1)  # (n,)
         return [bool(page_is_finite) for page_is_finite in finite.tolist()]

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from service.decoder.attention import attend
+from service.decoder.attention import Scratch, attend
 from service.decoder.batch import Batch, make_batch
 from service.decoder.model import Decoder
 from service.decoder.page_pool import PagePool
@@ -21,6 +21,7 @@ class Runner:
         self.model, self.self_kv, self.image_kv = model, self_kv, image_kv
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        self._scratch = Scratch()
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[int | None]:
@@ -43,7 +44,7 @@ class Runner:
         ]
 
     def batch(self, chunks: list[Chunk]) -> Batch:
-        return make_batch(chunks, self.image_kv.page_size, self.device)
+        return make_batch(chunks, self.image_kv.page_size, self.device, self._scratch)
 
     def logits(self, batch: Batch) -> Tensor:
         """Fp32 logits [B, V] of the rows that a batch wants."""

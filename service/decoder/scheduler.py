@@ -1,13 +1,14 @@
 """Which tokens are computed in the next step. Pure accounting, no torch.
 
-First come, first served. A step has a token budget, a smaller one if somebody decodes: decodes take theirs first, so
-that a long prompt, cut into chunks, never stalls anybody's tokens; what is left goes to prompts under way, then to
-newcomers. A prompt's token far behind its start costs more than one, since it attends to all before it. A newcomer gets
-the blocks of its whole prompt at once, so that they lie in a row if they can. When self-K/V blocks run out, the
-sequence that was admitted last gives its blocks up and is computed again later, before all others that wait. It keeps
-its pictures' pages, since their latents are gone.
+A step has a token budget, a smaller one if somebody decodes: decodes take theirs first, so that a long prompt, cut into
+chunks, never stalls anybody's tokens. Half of what is left is the oldest prompt's under way, the rest newcomers' and
+then others', the shortest first: no prompt waits for the end of a long one, and each becomes the oldest. A prompt's
+token far behind its start costs more than one, since it attends to all before it; what decodes attend to is prompts'
+loss, too. When self-K/V blocks run out, the sequence that was admitted last gives its blocks up and is computed again
+later, before all others that wait. It keeps its pictures' pages, since their latents are gone.
 
-A newcomer that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
+Newcomers come in their order, each gets the blocks of its whole prompt at once, so that they lie in a row if they can,
+and one that finds no page or too few blocks is passed by later ones that do find theirs, but only `max_overtaken`
 times; then everybody behind it waits with it. So nobody is starved: the sequence admitted first can always finish,
 because one that could never fit is refused at once and it may take everybody else's blocks; those put back are first
 in the queue, where nobody passes them, and finish next; and then a newcomer finds all that it needs.
@@ -26,6 +27,7 @@ from service.decoder.sequence import Sequence
 from service.errors import Overloaded, TooLarge
 
 LOOK_AHEAD = 64  # newcomers without a place that one step looks past
+LEAST_SHARE = 0.25  # of their budget that prompts get, whatever decodes attend to
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ class Scheduler:
         fill_tokens: int = 1,  # what it costs of the budget to fill a page
         max_prefill_tokens: int | None = None,  # of a step in which others decode, beside their tokens
         position_cost: float = 0.0,  # what each position before a prompt's token adds to its cost of 1
+        reading_cost: float = 0.0,  # what each position that a decode attends to takes from prompts beside it
     ) -> None:
         self.blocks, self.images = blocks, images
         self.max_running, self.max_waiting, self.max_step_tokens = max_running, max_waiting, max_step_tokens
         self.max_overtaken, self.fill_tokens = max_overtaken, fill_tokens
-        self.max_prefill_tokens, self.position_cost = max_prefill_tokens, position_cost
+        self.max_prefill_tokens, self.position_cost, self.reading_cost = max_prefill_tokens, position_cost, reading_cost
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -100,8 +103,18 @@ class Scheduler:
 
     def schedule(self) -> Step:
         step = Step()
-        budget = self._schedule_running(step)
-        self._schedule_waiting(step, budget)
+        budget = self._schedule_decodes(step)
+        if budget <= 0:
+            return step
+        prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        oldest, others = prompts[:1], sorted(prompts[1:], key=lambda sequence: sequence.num_uncomputed)
+        of_oldest = sum(self._least(sequence, budget) for sequence in oldest)
+        left = self._schedule_waiting(step, budget - of_oldest)
+        for sequence in others:
+            if left > 0:
+                left -= self._schedule_prompt(sequence, left, step)
+        for sequence in oldest:
+            self._schedule_prompt(sequence, of_oldest + max(left, 0), step)
         return step
 
     def computed(self, chunk: Chunk) -> None:
@@ -130,31 +143,42 @@ class Scheduler:
             self.images.release(key)
         sequence.image_pages = {}
 
-    def _schedule_running(self, step: Step) -> int:
-        """Chunks of the running sequences, decodes before prompts; returns the budget left."""
+    def _schedule_decodes(self, step: Step) -> int:
+        """The tokens of all who decode; returns the budget left for prompts."""
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         budget = self.max_step_tokens
         if decoding and self.max_prefill_tokens is not None:
-            budget = min(budget, len(decoding) + self.max_prefill_tokens)
-        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
-        for sequence in (*decoding, *prefilling):
+            reading = self.reading_cost * sum(sequence.num_computed for sequence in decoding)
+            least = math.ceil(self.max_prefill_tokens * LEAST_SHARE)
+            budget = min(budget, len(decoding) + max(self.max_prefill_tokens - math.ceil(reading), least))
+        for sequence in decoding:
             if budget <= 0:
                 break
             if sequence not in self.running:
                 continue  # preempted for an older one in this very step
-            cost = 1.0 if sequence.num_uncomputed == 1 else self._token_cost(sequence.num_computed)
-            count = min(sequence.num_uncomputed, max(int(budget / cost), 1))
-            if self._grow(sequence, count, step):
-                step.chunks.append(Chunk.next(sequence, count))
-                budget -= math.ceil(count * cost)
+            if self._grow(sequence, step):
+                step.chunks.append(Chunk.next(sequence, 1))
+                budget -= 1
         return budget
+
+    def _schedule_prompt(self, sequence: Sequence, budget: int, step: Step) -> int:
+        """Tokens of a prompt under way, which has its blocks: one at least. Returns what they cost."""
+        cost = self._token_cost(sequence.num_computed)
+        count = min(sequence.num_uncomputed, max(int(budget / cost), 1))
+        step.chunks.append(Chunk.next(sequence, count))
+        return math.ceil(count * cost)
+
+    def _least(self, oldest: Sequence, budget: int) -> int:
+        """What nobody takes from the oldest prompt: half of the budget, or a token; no more than it needs."""
+        cost = self._token_cost(oldest.num_computed)
+        return math.ceil(min(max(budget / 2, cost), oldest.num_uncomputed * cost))
 
     def _token_cost(self, start: int) -> float:
         """Of a prompt's token with `start` before it, in tokens of a step's budget."""
         return 1 + start * self.position_cost
 
-    def _schedule_waiting(self, step: Step, budget: int) -> None:
-        """Chunks of newcomers, in their order but for those without a place that are passed."""
+    def _schedule_waiting(self, step: Step, budget: int) -> int:
+        """Chunks of newcomers, in their order but for those without a place that are passed; returns the budget left."""
         passed: list[Sequence] = []
         for sequence in tuple(self.waiting):
             if budget <= 0 or len(self.running) == self.max_running or self.blocks.num_free == 0:
@@ -177,13 +201,17 @@ class Scheduler:
                 other.num_overtaken += 1
             if not all(map(self._may_be_overtaken, passed)):
                 break
+        return budget
 
     def _may_be_overtaken(self, sequence: Sequence) -> bool:
         return not sequence.was_preempted and sequence.num_overtaken < self.max_overtaken
 
-    def _grow(self, sequence: Sequence, count: int, step: Step) -> bool:
-        """Blocks for `count` more tokens, taken from younger sequences if need be. False: itself was preempted."""
-        needed = num_blocks(sequence.num_computed + count) - len(sequence.block_table)
+    def _grow(self, sequence: Sequence, step: Step) -> bool:
+        """A block for one more token if it needs one, taken from a younger sequence if need be.
+
+        False: itself was preempted.
+        """
+        needed = num_blocks(sequence.num_computed + 1) - len(sequence.block_table)
         while needed > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim, step)

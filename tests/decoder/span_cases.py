@@ -14,7 +14,7 @@ LONG_EVERY, LONG = 8, 257  # every how many cases one row sees so many positions
 @dataclass(frozen=True)
 class Case:
     q: Tensor  # [N, H, C]
-    k_pages: Tensor  # [pages, page size, K, C]
+    k_pages: Tensor  # [pages, K, page size, C]
     v_pages: Tensor
     starts: Tensor  # int32 [S+1]
     table: Tensor  # int32 [S, W]
@@ -24,7 +24,7 @@ class Case:
     @property
     def kinds(self) -> set[str]:
         """What this case has of the things that a set of cases should have."""
-        counts, used, page_size = self.starts.diff(), self.used, self.k_pages.shape[1]
+        counts, used, page_size = self.starts.diff(), self.used, self.k_pages.shape[2]
         holds = {
             "causal": self.causal,
             "not causal": not self.causal,
@@ -38,7 +38,7 @@ class Case:
             "used to the end of a page": bool(((used % page_size == 0) & (used > 0)).any()),
             "a shared table": len({tuple(row) for row in self.table.tolist()}) < len(self.table),
             f"pages of {page_size}": True,
-            f"{self.q.shape[1] // self.k_pages.shape[2]} query heads a KV head": True,
+            f"{self.q.shape[1] // self.k_pages.shape[1]} query heads a KV head": True,
             f"heads of {self.q.shape[2]}": True,
         }
         return {kind for kind, held in holds.items() if held}
@@ -93,14 +93,14 @@ def random_case(seed: int) -> Case:
         table[1] = table[0]
 
     def pages() -> Tensor:
-        values = torch.randn(num_pages, page_size, num_kv_heads, head_width, generator=generator)
+        values = torch.randn(num_pages, num_kv_heads, page_size, head_width, generator=generator)
         in_use = torch.zeros(num_pages, page_size, dtype=torch.bool)
         for row, length in zip(table, used, strict=True):
             flat = in_use[row].flatten()
             flat[:length] = True
             in_use[row] = flat.view(width, page_size)
         poison = torch.tensor(POISON)[torch.randint(len(POISON), in_use.shape, generator=generator)]
-        return torch.where(in_use[:, :, None, None], values, poison[:, :, None, None])
+        return torch.where(in_use[:, None, :, None], values, poison[:, None, :, None])
 
     heads = group * num_kv_heads
     wide = torch.randn(sum(counts), heads + 2, head_width, generator=generator)
@@ -117,12 +117,12 @@ def random_case(seed: int) -> Case:
 
 def formula(case: Case) -> Tensor:
     """softmax(q kᵀ / sqrt(C)) v of each row over what it sees; 0 where that is nothing. float64 [N, H, C]."""
-    group = case.q.shape[1] // case.k_pages.shape[2]
+    group = case.q.shape[1] // case.k_pages.shape[1]
     out = torch.zeros(case.q.shape, dtype=torch.float64)
     for index in range(len(case.used)):
         first, last, used = int(case.starts[index]), int(case.starts[index + 1]), int(case.used[index])
         pages = case.table[index].long()
-        k, v = (x[pages].flatten(0, 1)[:used].double() for x in (case.k_pages, case.v_pages))  # (used, K, C)
+        k, v = (x[pages].transpose(1, 2).flatten(0, 1).double() for x in (case.k_pages, case.v_pages))  # (n, K, C)
         for row in range(first, last):
             sees = max(0, used - (last - row) + 1) if case.causal else used
             for head in range(case.q.shape[1]):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.contract import ValidRequest
+from service.decoder.attention import Scratch
 from service.decoder.batch import make_batch
 from service.decoder.kv_blocks import BLOCK_SIZE
 from service.decoder.scheduler import Chunk
@@ -35,7 +36,7 @@ def chunks(draw: st.DrawFn) -> list[Chunk]:
 
 @given(chunks())
 def test_every_row_is_in_a_span_over_what_its_token_may_see(chunks: list[Chunk]) -> None:
-    batch = make_batch(chunks, IMAGE_PAGE_SIZE, torch.device("cpu"))
+    batch = make_batch(chunks, IMAGE_PAGE_SIZE, torch.device("cpu"), Scratch())
     tokens = [(chunk.sequence, chunk.start + index) for chunk in chunks for index in range(chunk.count)]
     assert batch.positions.tolist() == [position for _, position in tokens]
     for spans in (batch.text, batch.images):
@@ -59,12 +60,13 @@ def test_every_row_is_in_a_span_over_what_its_token_may_see(chunks: list[Chunk])
 
 @given(chunks())
 def test_a_token_goes_to_its_place_and_what_follows_in_a_block_just_begun_is_cleared(chunks: list[Chunk]) -> None:
-    batch = make_batch(chunks, IMAGE_PAGE_SIZE, torch.device("cpu"))
-    row, cleared = 0, set(batch.unwritten.tolist())
+    batch = make_batch(chunks, IMAGE_PAGE_SIZE, torch.device("cpu"), Scratch())
+    row, slots = 0, (batch.slots.pages * BLOCK_SIZE + batch.slots.offsets).tolist()
+    cleared = set((batch.unwritten.pages * BLOCK_SIZE + batch.unwritten.offsets).tolist())
     for chunk in chunks:
         for position in range(chunk.start, chunk.start + chunk.count):
             block = chunk.sequence.block_table[position // BLOCK_SIZE]
-            assert batch.slots[row] == block * BLOCK_SIZE + position % BLOCK_SIZE
+            assert slots[row] == block * BLOCK_SIZE + position % BLOCK_SIZE
             row += 1
         end = chunk.start + chunk.count
         rest = set(range(block * BLOCK_SIZE + (end - 1) % BLOCK_SIZE + 1, (block + 1) * BLOCK_SIZE))

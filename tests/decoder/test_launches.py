@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from service.contract import ValidRequest
+from service.decoder.attention import Scratch
 from service.decoder.batch import make_batch
 from service.decoder.kv_blocks import BLOCK_SIZE
 from service.decoder.model import Decoder
@@ -72,10 +73,11 @@ def test_a_batch_comes_to_the_device_in_one_copy_and_is_planned_without_asking_t
     sequences = [decoding(number) for number in range(NUM_SEQUENCES)]
     sequences[2].num_computed -= 3  # a chunk of four tokens among decodes
     with Launches("meta") as launches:
-        batch = make_batch([Chunk.next(each, each.num_uncomputed) for each in sequences], 5, torch.device("meta"))
+        chunks = [Chunk.next(each, each.num_uncomputed) for each in sequences]
+        batch = make_batch(chunks, 5, torch.device("meta"), Scratch())
         assert launches.uploads == 1
-        batch.text.plan(BLOCK_SIZE, torch.bfloat16)
-        batch.images.plan(5, torch.bfloat16)
+        batch.text.plan(torch.Size((2, BLOCK_SIZE, 8)), torch.bfloat16)
+        batch.images.plan(torch.Size((2, 5, 8)), torch.bfloat16)
     assert batch.input_ids.device == batch.text.table.device == batch.images.used.device == torch.device("meta")
 
 

@@ -105,6 +105,7 @@ def test_each_gated_block_attends_to_its_own_keys_and_values_of_a_picture(runner
         with torch.inference_mode():
             k_pages, v_pages = runner.model.cross_layers[str(layer)].project_image(of_picture)  # (2, R, K, C)
             ours = attention.cross_attention(layer, q)
+        k_pages, v_pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
         expected = formula(q, k_pages, v_pages, [(9, [0, 1], 2 * NUM_LATENTS)], causal=False)
         torch.testing.assert_close(ours.double(), expected.flatten(1), atol=1e-5, rtol=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import pytest
@@ -56,8 +57,11 @@ class Machine:
 
     def step(self) -> Step:
         running = [(sequence, sequence.num_uncomputed == 1) for sequence in self.scheduler.running]
+        num_preemptions = self.scheduler.num_preemptions
         step = self.scheduler.schedule()
         self.check_share(step, running)
+        if self.scheduler.num_preemptions == num_preemptions:  # or some may have come back as newcomers
+            self.check_cost(step, running)
         for sequence in self.scheduler.running:
             if sequence.request_id not in self.started:
                 self.started.add(sequence.request_id)
@@ -90,26 +94,34 @@ class Machine:
         return step
 
     def check_share(self, step: Step, running: list[tuple[Sequence, bool]]) -> None:
-        """Who decodes is never left out, prompts get no more beside it than they may, and the first goes on.
+        """Who decodes is never left out, and the first goes on.
 
         `running`: who ran before the step, and whether it was decoding.
         """
         decoding = [sequence for sequence, is_decoding in running if is_decoding]
         computed = [chunk.sequence for chunk in step.chunks]
-        budget, prefill = self.scheduler.max_step_tokens, self.scheduler.max_prefill_tokens
-        if len(decoding) < budget:  # what settings see to
+        if len(decoding) < self.scheduler.max_step_tokens:  # what settings see to
             put_back = [sequence for sequence, _ in running if sequence in self.scheduler.waiting]
             assert all(sequence in computed or sequence in put_back for sequence in decoding)
             assert not running or running[0][0] in computed
-        if decoding and prefill is not None:
-            budget = min(budget, len(decoding) + prefill)
-        self.check_cost(step, budget, decoding)
 
-    def check_cost(self, step: Step, budget: int, decoding: list[Sequence]) -> None:
-        """Tokens and fills are within the budget, but for one token or one request's pictures that end the step."""
+    def check_cost(self, step: Step, running: list[tuple[Sequence, bool]]) -> None:
+        """Tokens and fills are within the budget, but for one token or one request's pictures beyond it; beside decodes
+        prompts have less, and of that the oldest has half.
+        """
         scheduler, spent, filled = self.scheduler, 0.0, {pages for pages, _ in step.image_fills}
-        for chunk in step.chunks:
+        decoding = [sequence for sequence, is_decoding in running if is_decoding]
+        oldest = [sequence for sequence, is_decoding in running if not is_decoding][:1]
+        budget = scheduler.max_step_tokens
+        if decoding and scheduler.max_prefill_tokens is not None:
+            reading = math.ceil(scheduler.reading_cost * sum(each.num_computed for each in decoding))
+            prefill = max(scheduler.max_prefill_tokens - reading, math.ceil(scheduler.max_prefill_tokens / 4))
+            budget = min(budget, len(decoding) + prefill)
+        rank = {id(sequence): number for number, sequence in enumerate([*decoding, *oldest])}
+        for chunk in sorted(step.chunks, key=lambda chunk: rank.get(id(chunk.sequence), len(rank))):
             assert spent < budget, "nothing was left for it"
+            if chunk.sequence in oldest and chunk.count < chunk.sequence.num_uncomputed:
+                assert (chunk.count + 1) * (1 + chunk.start * scheduler.position_cost) > (budget - spent) / 2
             own = filled & set(chunk.sequence.image_pages.values())
             fills = scheduler.fill_tokens * sum(map(len, own))
             is_first_fill, filled = len(filled) == len(step.image_fills), filled - own
@@ -183,6 +195,7 @@ requests = st.tuples(
     st.integers(1, 20),
     st.sampled_from([None, 1, 2, 3, 8, 30]),
     st.sampled_from([0.0, 0.02, 0.5]),
+    st.sampled_from([0.0, 0.1]),
 )
 def test_every_request_ends_exactly_once_and_everything_is_returned(
     arrivals: list[tuple[int, tuple[str, ...], int, int, int | None]],
@@ -193,6 +206,7 @@ def test_every_request_ends_exactly_once_and_everything_is_returned(
     fill_tokens: int,
     max_prefill_tokens: int | None,
     position_cost: float,
+    reading_cost: float,
 ) -> None:
     scheduler = make_scheduler(
         num_blocks,
@@ -202,6 +216,7 @@ def test_every_request_ends_exactly_once_and_everything_is_returned(
         fill_tokens=fill_tokens,
         max_prefill_tokens=max_prefill_tokens,
         position_cost=position_cost,
+        reading_cost=reading_cost,
     )
     machine = Machine(scheduler)
     schedule: list[tuple[int, Sequence, int | None]] = []
@@ -605,7 +620,7 @@ def test_pictures_to_fill_count_against_the_budget() -> None:
     machine.scheduler.add(make_sequence(1, 10, ("a",), max_tokens=30))  # 10, and 5 are left
     machine.scheduler.add(make_sequence(2, 10, ("b",), max_tokens=30))  # not now
     assert [chunk.count for chunk in machine.step().chunks] == [5, 5]
-    assert [chunk.count for chunk in machine.step().chunks] == [1, 5, 10]
+    assert [chunk.count for chunk in machine.step().chunks] == [1, 10, 5]
 
 
 def test_pictures_that_cost_more_than_a_step_has_are_filled_all_the_same() -> None:
@@ -613,7 +628,7 @@ def test_pictures_that_cost_more_than_a_step_has_are_filled_all_the_same() -> No
     machine.scheduler.add(make_sequence(0, 5, ("e",), max_tokens=30))
     machine.scheduler.add(make_sequence(1, 5, ("d",), max_tokens=30))
     assert [(chunk.sequence.request_id, chunk.count) for chunk in machine.step().chunks] == [(0, 1)]
-    assert [(chunk.sequence.request_id, chunk.count) for chunk in machine.step().chunks] == [(0, 4), (1, 1)]
+    assert [(chunk.sequence.request_id, chunk.count) for chunk in machine.step().chunks] == [(1, 1), (0, 4)]
 
 
 def test_pictures_that_with_those_present_are_more_than_the_pool_are_reported_lost() -> None:
@@ -639,9 +654,39 @@ def test_a_prompt_takes_the_whole_step_alone_and_little_of_one_in_which_others_d
     scheduler.add(make_sequence(3, 30, max_tokens=4))
     counts = [[chunk.count for chunk in machine.step().chunks] for _ in range(4)]
     if max_running == 4:
-        assert counts == [[1, 7], [1, 7], [1, 7], [30 - 21, 30]]  # the first has ended: nobody decodes any more
+        assert counts[:3] == [[1, 7], [1, 3, 4], [1, 3, 4]]  # half is the oldest's
+        assert counts[3] == [30 - 6, 30 - 15]  # the first has ended: nobody decodes any more
     else:
         assert counts == [[1], [1], [1], [30]]
+
+
+def test_what_decodes_attend_to_is_the_loss_of_prompts_beside_them_up_to_a_quarter() -> None:
+    scheduler = make_scheduler(num_blocks=100, budget=50, max_prefill_tokens=16, reading_cost=0.25)
+    machine = Machine(scheduler)
+    scheduler.add(make_sequence(1, 20, max_tokens=40))
+    machine.step()
+    scheduler.add(make_sequence(2, 300, max_tokens=2))
+    counts = [[chunk.count for chunk in machine.step().chunks] for _ in range(30)]
+    assert counts[:6] == [[1, 11]] + [[1, 10]] * 4 + [[1, 9]]  # of 20, 21, … positions
+    assert counts[28:] == [[1, 4]] * 2
+
+
+def test_a_short_prompt_waits_for_no_long_one() -> None:
+    scheduler = make_scheduler(num_blocks=100, max_running=9, budget=40, max_prefill_tokens=16)
+    machine = Machine(scheduler)
+    for request_id in range(4):
+        scheduler.add(make_sequence(request_id, 300, max_tokens=1))
+    machine.step()
+    machine.step()
+    scheduler.add(make_sequence(4, 30, max_tokens=1))
+    steps = []
+    while 4 not in machine.finished:
+        steps.append({chunk.sequence.request_id: chunk.count for chunk in machine.step().chunks})
+    assert len(steps) <= 4
+    assert all(chunks[0] == 20 for chunks in steps), "half is the oldest's"
+    while scheduler.running or scheduler.waiting:
+        machine.step()
+    assert machine.finished[1] == 0
 
 
 def test_a_token_far_behind_its_start_costs_more_of_a_step() -> None:

@@ -150,7 +150,7 @@ def made(load: Load, device: torch.device) -> list[Case]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
-    pages = (num_pages, load.page_size, load.num_kv_heads, load.head_width)
+    pages = (num_pages, load.num_kv_heads, load.page_size, load.head_width)
     return [
         Case(
             random(num_spans * load.rows, load.num_heads, load.head_width),
@@ -165,8 +165,8 @@ def gathered(case: Case) -> Tensor:
 
     Query heads that share a KV head are further rows of it here, too: that copies no K or V.
     """
-    num_spans, num_kv_heads = len(case.used), case.k_pages.shape[2]
-    k, v = (x[case.table].flatten(1, 2).transpose(1, 2) for x in (case.k_pages, case.v_pages))  # (S, K, positions, C)
+    num_spans, num_kv_heads = len(case.used), case.k_pages.shape[1]
+    k, v = (x[case.table].transpose(1, 2).flatten(2, 3) for x in (case.k_pages, case.v_pages))  # (S, K, positions, C)
     grouped = case.q.unflatten(0, (num_spans, -1)).unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
     group, num_rows = grouped.shape[2:4]  # of (S, K, G, rows, C)
     sees = case.used[:, None]  # (S, 1)
