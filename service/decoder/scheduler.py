@@ -178,7 +178,7 @@ class Scheduler:
         return 1 + start * self.position_cost
 
     def _schedule_waiting(self, step: Step, budget: int) -> int:
-        """Chunks of newcomers, in their order but for those without a place that are passed; returns the budget left."""
+        """Chunks of newcomers, in their order but for those without a place that are passed; returns what is left."""
         passed: list[Sequence] = []
         for sequence in tuple(self.waiting):
             if budget <= 0 or len(self.running) == self.max_running or self.blocks.num_free == 0:
