@@ -56,7 +56,7 @@ class Spans:
         return cls(runs, starts, table.view(len(runs), -1), used, causal, scratch)
 
     def plan(self, page: torch.Size, dtype: torch.dtype) -> Plan:
-        """How `attend` computes them over pages [K, page size, C], the same in every layer: made when it is asked for."""
+        """How `attend` computes them over pages [K, page size, C], in every layer: made when it is first asked for."""
         if (page, dtype) not in self._plans:
             self._plans[page, dtype] = _make_plan(self, page, dtype)
         return self._plans[page, dtype]
