@@ -33,6 +33,10 @@ class Replica(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
+    # On a client's next connection HAProxy may still count its last answered request as under way; on the same, never.
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet
+
     def do_GET(self) -> None:
         assert isinstance(self.server, Replica)
         if self.path == "/held":
