@@ -40,6 +40,7 @@ MAX_P99 = 3.0  # times p50
 MAX_RESIDENT = 512 << 20
 MAX_TTFT = 3.0  # times the unloaded
 NUM_REQUESTS, NUM_REQUESTS_SHORT = 500, 200  # of the greedy key
+NUM_ASKED, PAUSE_S = 15, 0.3  # of the other's: longer than the greedy one's answers, which end and begin in waves
 ATTACK_LIMIT_S = 40.0
 NUM_TRIES = 3  # a busy machine's hiccup does not come again; what a client can do at will does
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
@@ -138,6 +139,14 @@ def nobody(target: Target) -> Answers:
 
 
 async def two_keys(subject: Subject, num_requests: int) -> Row:
+    for _ in range(NUM_TRIES):
+        row = await _two_keys(subject, num_requests)
+        if not row.broken:
+            break
+    return row
+
+
+async def _two_keys(subject: Subject, num_requests: int) -> Row:
     """Bob's time to the first token, alone and while hundreds of Alice's requests run and wait."""
     row = Row(f"{num_requests} requests of another key")
     question = generate("What is in the picture?", (1,), stream=True, max_tokens=4)
@@ -147,10 +156,10 @@ async def two_keys(subject: Subject, num_requests: int) -> Row:
         Client(subject.url, key=KEYS["bob"]) as bob,
         asyncio.TaskGroup() as group,
     ):
-        alone = [await bob.ask(question.path, question.body) for _ in range(5)]
+        alone = await _ask_now_and_then(bob, question)
         crowd = [group.create_task(alice.ask(greedy.path, greedy.body)) for _ in range(num_requests)]
         await asyncio.sleep(5.0)
-        beside = [await bob.ask(question.path, question.body) for _ in range(5)]
+        beside = await _ask_now_and_then(bob, question)
         num_left = sum(not task.done() for task in crowd)
         for task in crowd:
             task.cancel()
@@ -159,12 +168,21 @@ async def two_keys(subject: Subject, num_requests: int) -> Row:
         row.broken += failed
         return row
     before, after = (median(reply.ttft_s for reply in replies) * 1e3 for replies in (alone, beside))
-    row.cells = (f"{before:.0f}", f"{after:.0f}", f"{after / before:.1f}", num_left)
+    slowest = max(reply.ttft_s for reply in beside) * 1e3
+    row.cells = (f"{before:.0f}", f"{after:.0f}", f"{after / before:.1f}", f"{slowest:.0f}", num_left)
     if after > MAX_TTFT * before:
         row.broken.append(f"first token after {after:.0f} ms instead of {before:.0f} ms: {after / before:.1f} times")
     if not num_left:
         row.broken.append("nobody was left to wait for: this says nothing")
     return row
+
+
+async def _ask_now_and_then(client: Client, question: Question) -> list[Reply]:
+    replies = []
+    for _ in range(NUM_ASKED):
+        replies.append(await client.ask(question.path, question.body))
+        await asyncio.sleep(PAUSE_S)
+    return replies
 
 
 async def run(short: bool, only: str) -> tuple[list[Row], list[Row]]:
@@ -205,7 +223,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rows, keys = asyncio.run(run(arguments.short, arguments.only))
     text = table.markdown(HEADER, [(row.name, *row.cells) for row in rows])
-    header = ("beside", "first token alone, ms", "beside it, ms", "ratio", "still running or waiting then")
+    header = ("beside", "first token alone, ms", "beside it, ms", "ratio", "the slowest, ms", "left of them then")
     text_of_keys = table.markdown(header, [(row.name, *row.cells) for row in keys])
     print(f"\n{text}\n\n{text_of_keys}\n")
     if arguments.write:
