@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from service.turns import SHARE, TIMEOUT_S, Turns
+from service.turns import MAX_SHARE, TIMEOUT_S, Turns
 
 SPAWN = multiprocessing.get_context("spawn")
 NUM_TURNS, TURN_S = 20, 0.02
@@ -44,26 +44,26 @@ def start() -> Iterator[Callable[..., Any]]:
         process.join()
 
 
-def compute(file: Path, intervals: Queue[list[Interval]], ready: Any) -> None:
+def compute(file: Path, intervals: Queue[list[Interval]], ready: Any, num_served: int = 1) -> None:
     """Turn after turn without a pause."""
     turns = Turns(file)
     ready.wait()
     mine = []
     for _ in range(NUM_TURNS):
-        with turns.turn():
+        with turns.turn(num_served):
             start_s = time.monotonic()
             time.sleep(TURN_S)
             mine.append((start_s, time.monotonic()))
     intervals.put(mine)
 
 
-def compute_in_layers(file: Path, intervals: Queue[list[Interval]], ready: Any) -> None:
+def compute_in_layers(file: Path, intervals: Queue[list[Interval]], ready: Any, num_served: int) -> None:
     """One turn of many layers, a tenth of the other's turn each."""
     turns = Turns(file)
     ready.wait()
     mine = []
-    with turns.turn():
-        for _ in range(10 * NUM_TURNS):
+    with turns.turn(num_served):
+        for _ in range(10 * NUM_TURNS * int(MAX_SHARE)):
             turns.pass_on()
             start_s = time.monotonic()
             time.sleep(TURN_S / 10)
@@ -71,8 +71,8 @@ def compute_in_layers(file: Path, intervals: Queue[list[Interval]], ready: Any) 
     intervals.put(mine)
 
 
-def hold(file: Path, held: Queue[bool]) -> None:
-    with Turns(file).turn():
+def hold(file: Path, held: Queue[bool], num_served: int = 1) -> None:
+    with Turns(file).turn(num_served):
         held.put(True)
         time.sleep(3600)
 
@@ -92,17 +92,23 @@ def test_two_that_always_compute_take_turns(file: Path, start: Callable[..., Any
     assert max(len(who.replace("ab", "").replace("ba", "")), who.count("aa") + who.count("bb")) <= 4  # at either end
 
 
-def test_a_long_turn_lets_the_other_in_after_its_share(file: Path, start: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("num_pictures", "num_sequences", "share"), [(1, 1, 1), (16, 8, 1), (2, 30, 1), (8, 2, 2), (16, 1, 4)]
+)
+def test_a_long_turn_lets_the_other_in_after_its_share(
+    file: Path, start: Callable[..., Any], num_pictures: int, num_sequences: int, share: int
+) -> None:
+    """By how many wait for either: its own length as of the other's turn, and more where it serves many for few."""
     intervals: Queue[list[Interval]] = SPAWN.Queue()
     ready = SPAWN.Barrier(2)
-    start(compute, file, intervals, ready)
-    start(compute_in_layers, file, intervals, ready)
+    start(compute, file, intervals, ready, num_sequences)
+    start(compute_in_layers, file, intervals, ready, num_pictures)
     steps, layers = sorted((intervals.get(timeout=60), intervals.get(timeout=60)), key=len)
     assert overlap(steps, layers) == 0
     within = [sum(before[1] <= layer[0] < after[0] for layer in layers) for before, after in pairwise(steps)]
-    shares = sorted(share for share in within if share)  # the layers may begin late and end early
-    assert len(shares) >= 8
-    assert 8 <= shares[len(shares) // 2] <= 10 * SHARE + 2
+    in_layers = sorted(count for count in within if count)  # the layers may begin late and end early
+    assert len(in_layers) >= 8
+    assert 10 * share - 2 <= in_layers[len(in_layers) // 2] <= 10 * share + 2
 
 
 def test_whoever_is_alone_waits_for_nobody(file: Path) -> None:
@@ -123,6 +129,18 @@ def test_the_turn_of_one_that_was_killed_is_free(file: Path, start: Callable[...
     start_s = time.monotonic()
     with Turns(file).turn():
         assert time.monotonic() - start_s < TIMEOUT_S / 2
+
+
+def test_one_that_was_killed_computes_for_nobody_any_more(file: Path, start: Callable[..., Any]) -> None:
+    held: Queue[bool] = SPAWN.Queue()
+    process = start(hold, file, held, 8)
+    held.get(timeout=60)
+    turns = Turns(file)
+    assert turns.share() == 1
+    process.kill()
+    process.join()
+    with turns.turn(6):
+        assert turns.share() == 3  # as beside one
 
 
 def test_one_that_is_stopped_is_waited_for_once(file: Path, start: Callable[..., Any]) -> None:

@@ -124,6 +124,10 @@ class Engine:
             self.scheduler.remove(sequence)
 
     @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._sequences)
 

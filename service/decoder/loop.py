@@ -47,11 +47,17 @@ def end_process() -> None:
     os._exit(1)
 
 
+def at_once(num_running: int) -> AbstractContextManager[None]:
+    """A step that need not wait for the cores."""
+    return nullcontext()
+
+
 class EngineLoop:
     """`make_engine` is called in the loop's thread, and what it raises is raised here.
 
-    `on_step` is called from the outbox's thread with the counts after a step, where it lags after the last of several,
-    and when the loop falls idle; `end` from the loop's thread, last of all, when this process is of no more use.
+    `computing` is entered for each step, with the number of sequences that run. `on_step` is called from the outbox's
+    thread with the counts after a step, where it lags after the last of several, and when the loop falls idle; `end`
+    from the loop's thread, last of all, when this process is of no more use.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class EngineLoop:
         make_engine: Callable[[], Engine],
         on_step: Callable[[EngineStats], None] = lambda stats: None,
         end: Callable[[], None] = end_process,
-        computing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        computing: Callable[[int], AbstractContextManager[None]] = at_once,
     ) -> None:
         self._end, self._computing = end, computing
         self._wake = threading.Condition()
@@ -185,7 +191,7 @@ class EngineLoop:
 
     def _step(self) -> list[Delivery]:
         try:
-            with self._computing():
+            with self._computing(max(1, self._engine.num_running)):
                 deliveries = self._engine.step()
         except Exception as error:  # no single request's: the engine sorts those out
             self._num_failed_steps += 1

@@ -82,7 +82,7 @@ class VisionStage:
         if self._turns is None:
             latents = self.encode(pixels).cpu()  # (sum of B, R, E)
         else:  # one by one, so that a layer is a short time; on a CPU a batch is no faster
-            with self._turns.turn():
+            with self._turns.turn(len(pixels)):
                 latents = torch.cat([self.encode(picture) for picture in pixels.split(1)])
         return [part if part.isfinite().all() else None for part in latents.split([len(part) for part in requests])]
 

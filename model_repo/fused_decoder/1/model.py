@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class TritonPythonModel:
         from decoder_metrics import DecoderMetrics
 
         from service.decoder.engine import Engine
-        from service.decoder.loop import EngineLoop
+        from service.decoder.loop import EngineLoop, at_once
         from service.decoder.settings import DecoderSettings
         from service.heap import freeze_heap
         from service.turns import Turns
@@ -81,7 +80,7 @@ class TritonPythonModel:
             if family.decoder.num_parameters < ONE_THREAD_BELOW and not os.environ.get("CROSSGATE_NUM_THREADS"):
                 torch.set_num_threads(1)
             make_engine = partial(Engine.from_family, family, settings)
-            computing = nullcontext if on_gpu() else Turns().turn
+            computing = at_once if on_gpu() else Turns().turn
             self.loop = EngineLoop(make_engine, on_step=DecoderMetrics().publish, computing=computing)
         freeze_heap()
 
