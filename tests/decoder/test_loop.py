@@ -45,6 +45,10 @@ class FakeEngine:
         self.requests.pop(request_id, None)
 
     @property
+    def num_running(self) -> int:
+        return 3
+
+    @property
     def has_work(self) -> bool:
         return bool(self.requests)
 
@@ -279,8 +283,8 @@ def test_every_step_is_made_in_a_turn_of_its_own_even_one_that_fails() -> None:
     turns: list[str] = []
 
     @contextmanager
-    def computing() -> Iterator[None]:
-        turns.append("begins")
+    def computing(num_running: int) -> Iterator[None]:
+        turns.append(f"begins for {num_running}")
         try:
             yield
         finally:
@@ -293,7 +297,7 @@ def test_every_step_is_made_in_a_turn_of_its_own_even_one_that_fails() -> None:
         loop.submit(REQUEST, None, [], client.deliver, client.is_cancelled)
         assert client.last
     loop.close()
-    assert turns == ["begins", "ends"] * 3
+    assert turns == ["begins for 3", "ends"] * 3
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
