@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from service.errors import InvalidRequest
-from service.families.family import Target
+from service.families.family import Target, read_json
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ def load_weights(
 def _parts(folder: Path, target_of: Callable[[str], Target | None]) -> dict[str, list[Published]]:
     """What goes to each of our parameters, in order. Reads the files' headers only."""
     parts: dict[str, dict[int, Published]] = {}
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InvalidRequest(f"{folder} has no model*.safetensors file.", param="MODEL_PATH")
-    for file in files:
+    for file in _files(folder):
         for piece in _header(file):
             target = target_of(piece.name)
             if target is None:
@@ -70,6 +67,26 @@ def _parts(folder: Path, target_of: Callable[[str], Target | None]) -> dict[str,
                     param="MODEL_PATH",
                 )
     return {name: _in_order(name, pieces) for name, pieces in parts.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        pickled = next(folder.glob("*.bin"), None) or next(folder.glob("*.pt*"), None)
+        instead = f", only {pickled.name}, which may run code when it is read" if pickled else ""
+        raise InvalidRequest(
+            f"{folder} has no model*.safetensors file{instead}: save the model as safetensors.", param="MODEL_PATH"
+        )
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = set(read_json(index).get("weight_map", {}).values())
+    except (ValueError, AttributeError) as error:
+        raise InvalidRequest(f"{index} is not an index of weights: copy it anew.", param="MODEL_PATH") from error
+    if missing := sorted(named - {file.name for file in files}):
+        raise InvalidRequest(
+            f"{folder} lacks {missing[0]}, which its index names: copy the whole checkpoint.", param="MODEL_PATH"
+        )
+    return files
 
 
 def _in_order(name: str, pieces: dict[int, Published]) -> list[Published]:

@@ -136,8 +136,27 @@ def test_a_weight_that_two_files_hold_is_refused_though_both_say_the_same(tmp_pa
     assert error.value.param == "MODEL_PATH" and "\n" not in error.value.message
 
 
+def test_a_shard_that_is_missing_and_a_broken_index_are_named(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3, 2)}, tmp_path / "model-00001-of-00002.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    names = {"weight": "model-00001-of-00002.safetensors", "bias": "model-00002-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(InvalidRequest, match=r"lacks model-00002-of-00002\.safetensors, which its index names"):
+        load(tmp_path)
+    for content in ("{", "[]", '{"weight_map": [1]}'):
+        index.write_text(content)
+        with pytest.raises(InvalidRequest, match=r"index\.json is not an index of weights"):
+            load(tmp_path)
+
+
+def test_weights_that_are_pickled_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02cposix\nsystem\n")
+    with pytest.raises(InvalidRequest, match=r"only pytorch_model\.bin, which may run code"):
+        load(tmp_path)
+
+
 def test_a_broken_file_and_a_folder_without_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"has no model\*\.safetensors file"):
+    with pytest.raises(InvalidRequest, match=r"has no model\*\.safetensors file: save the model as safetensors"):
         load(tmp_path)
     save_file(weights(), tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
