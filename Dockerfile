@@ -21,7 +21,7 @@ ENV PATH=/opt/venv/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTEC
 WORKDIR /opt/crossgate
 COPY --from=gateway-packages /opt/venv /opt/venv
 COPY deploy/docker/probe.py deploy/docker/gateway.sh bin/
-COPY service/__init__.py service/contract.py service/cores.py service/errors.py service/heap.py service/
+COPY service/__init__.py service/contract.py service/cores.py service/dtype.py service/errors.py service/heap.py service/
 COPY service/families service/families
 COPY service/gateway service/gateway
 RUN python3 -m compileall -q bin service

@@ -101,7 +101,9 @@ class Served:
         for start in range(0, len(keys), PICTURES_AT_ONCE):
             batch = keys[start : start + PICTURES_AT_ONCE]
             pixels = [self.family.preprocess(Image.fromarray(pictures[key].pixels)) for key in batch]
-            latents |= dict(zip(batch, self.vision.encode(torch.from_numpy(np.stack(pixels))), strict=True))
+            latents |= dict(
+                zip(batch, self.vision.encode(torch.from_numpy(np.stack(pixels))).flatten(0, 1), strict=True)
+            )
         return latents
 
 

@@ -1,10 +1,12 @@
 """What the gateway and the two stages say to each other: types, tensor names, and the axis key.
 
-Axes: B sequences · N flat tokens of a step · L text tokens · T pictures · S tiles of pictures sent along · P patches ·
-R latents of a tile · D text width · E vision width · H query heads · K KV heads · C head width · V vocabulary.
+Axes: B sequences · N flat tokens of a step · L text tokens · T pictures · S tiles of one picture or of
+several · P patches · R latents of a page · D text width · E vision width · H query heads · K KV heads ·
+C head width · V vocabulary.
 
-`vision_encoder`  in  `pixels` UINT8 [B, 3, H, W]
-                  out `latents` FP32 (FP16 on GPU) [B, R, E] · `checkpoint` UINT8 [B, 32], the encoder's identity
+`vision_encoder`  in  `pixels` UINT8 [B, 3, H, W], the whole canvas where a picture is cut into tiles
+                  out `latents` FP32 (FP16 on GPU) [B, S, R, E], a page for each tile ·
+                      `checkpoint` UINT8 [B, 32], the encoder's identity
 `fused_decoder`   in  `input_ids` INT32 [L] · `image_keys` UINT8 [T, 32] (SHA-256) · `image_positions` INT32 [T] ·
                       `latents` [S, R, E] and `latent_index` INT32 [S] (row s is a tile of which of the T pictures;
                       a picture's rows stand together, in the order of its tiles, and a key has always as many) ·

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from service.errors import InvalidRequest
+from service.families.family import DecoderConfig
 
 DECODER_FRACTION, ENCODER_FRACTION = 0.7, 0.2  # of the whole; no fraction counts what the driver takes for a process
-TEXT_SHARE = 0.75  # of what the decoder has for K/V; pictures have the rest
-MAX_PICTURES = 16_384  # pages that are made where nobody asked for more
+PICTURES_A_CONTEXT = 32  # what pictures get of the decoder's K/V for each full context of text, in the largest ones
+MAX_PAGES = 16_384  # of pictures, that are made where nobody asked for more
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,16 @@ class Pool:
         return max(self.least, min(num_bytes // self.page_bytes, self.most))
 
 
-def divide(num_bytes: int, text: Pool, pictures: Pool) -> tuple[int, int]:
-    """Pages of both. What one has no use for goes to the other; they fit, if the least of both does."""
-    num_blocks = text.num_pages(int(num_bytes * TEXT_SHARE))
+def text_share(config: DecoderConfig, max_pages: int) -> float:
+    """Of what the decoder has for K/V; pictures, of `max_pages` at most, have the rest."""
+    of_context = config.max_positions * config.token_kv_bytes(1)
+    of_pictures = PICTURES_A_CONTEXT * max_pages * config.cross_attention.picture_kv_bytes(1)
+    return of_context / (of_context + of_pictures)
+
+
+def divide(num_bytes: int, text: Pool, pictures: Pool, share: float) -> tuple[int, int]:
+    """Pages of both, text's first. What one has no use for goes to the other; they fit, if the least of both does."""
+    num_blocks = text.num_pages(int(num_bytes * share))
     num_pictures = pictures.num_pages(num_bytes - num_blocks * text.page_bytes)
     return text.num_pages(num_bytes - num_pictures * pictures.page_bytes), num_pictures
 

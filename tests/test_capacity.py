@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from service.capacity import BLOCK_SIZE, DTYPE_BYTES, main, parse_size, plan
+from service.capacity import BLOCK_SIZE, main, parse_size, plan
 from service.decoder import kv_blocks
 from service.decoder.model import Decoder
 from service.decoder.page_pool import PagePool, PageShape
 from service.decoder.pool_sizes import HOST_SHARE, pool_sizes
 from service.decoder.settings import DTYPES, DecoderSettings
+from service.families.card import BYTES
 from service.families.family import CrossAttentionConfig, DecoderConfig, Unseen
 from service.families.parts import (
     Activation,
@@ -24,7 +25,7 @@ from service.families.parts import (
     RMSNormConfig,
     Rotary,
 )
-from service.shares import MAX_PICTURES
+from service.shares import MAX_PAGES
 
 RMS, LAYER_NORM = RMSNormConfig(1e-5), LayerNormConfig(1e-5, bias=True)
 HEADS = AttentionConfig(num_heads=4, num_kv_heads=2, head_width=8)
@@ -93,12 +94,12 @@ def test_bytes_are_those_of_the_real_caches(config, dtype):
     tokens = PagePool(PageShape.of_text(config), 7, device, DTYPES[dtype])
     assert capacity.token_bytes * 7 * BLOCK_SIZE == tokens.k.nbytes + tokens.v.nbytes
     pictures = PagePool(PageShape.of_images(config.cross_attention), 11, device, DTYPES[dtype])
-    assert capacity.picture_bytes * 11 == pictures.k.nbytes + pictures.v.nbytes
+    assert capacity.page_bytes * 11 == pictures.k.nbytes + pictures.v.nbytes
 
 
 def test_constants_are_the_engines():
     assert kv_blocks.BLOCK_SIZE == BLOCK_SIZE
-    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == DTYPE_BYTES
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == BYTES
 
 
 @pytest.mark.parametrize("memory", [10**6, 10**7, 10**9])  # the last has room for more pictures than are made
@@ -107,28 +108,35 @@ def test_what_fits_is_what_the_engine_would_make(monkeypatch, memory):
     free = memory - capacity.weight_bytes
     monkeypatch.setattr("service.decoder.pool_sizes.free_host_bytes", lambda: int(free / HOST_SHARE))
     roomy = DecoderSettings(dtype="bfloat16", max_running=10**6, max_step_tokens=10**6 + 1)
-    num_blocks, num_pages = pool_sizes(SimpleNamespace(decoder=CONFIG), None, roomy)
-    assert (capacity.num_tokens, capacity.num_pictures) == (num_blocks * BLOCK_SIZE, num_pages)
-    assert (num_pages == MAX_PICTURES) == (memory == 10**9)
+    num_blocks, num_pages = pool_sizes(
+        SimpleNamespace(decoder=CONFIG, vision=SimpleNamespace(max_pages=1)), None, roomy
+    )
+    assert (capacity.num_tokens, capacity.num_pages) == (num_blocks * BLOCK_SIZE, num_pages)
+    assert (num_pages == MAX_PAGES) == (memory == 10**9)
 
 
-def test_text_has_three_quarters_of_what_is_free():
-    capacity = plan(CONFIG, "bfloat16", 10**7)
+@pytest.mark.parametrize("max_pages", [1, 4])
+def test_for_each_context_there_are_32_of_the_largest_pictures(max_pages):
+    capacity = plan(CONFIG, "bfloat16", 10**7, max_pages)
     free = 10**7 - capacity.weight_bytes
-    assert capacity.num_tokens * capacity.token_bytes * 4 / 3 == pytest.approx(0.75 * free, rel=0.001)  # of 3 layers, 4
-    assert capacity.num_pictures * capacity.picture_bytes * 3 / 2 == pytest.approx(0.25 * free, rel=0.01)
+    text = capacity.num_tokens * capacity.token_bytes * 4 / 3  # of 3 layers, 4
+    pictures = capacity.num_pages * capacity.page_bytes * 3 / 2
+    assert text + pictures == pytest.approx(free, rel=0.01)
+    num_contexts = capacity.num_tokens / CONFIG.max_positions
+    per_context = capacity.num_pages / max_pages / num_contexts
+    assert per_context == pytest.approx(32 * (4 / 3) / (3 / 2), rel=0.05)
     assert capacity.max_batch(100) == capacity.num_tokens // 112  # whole blocks
 
 
 def test_model_that_does_not_fit_leaves_room_for_nothing():
     capacity = plan(CONFIG, "float32", memory_bytes=1000)
-    assert (capacity.num_tokens, capacity.num_pictures) == (0, 0)
+    assert (capacity.num_tokens, capacity.num_pages) == (0, 0)
 
 
 def test_step_reads_weights_once_and_kv_for_each_sequence():
     capacity = plan(CONFIG, "float16", memory_bytes=10**9)
     one, many = capacity.step_bytes(1, 64, 2), capacity.step_bytes(9, 64, 2)
-    assert many - one == 8 * (64 * capacity.token_bytes + 2 * capacity.picture_bytes)
+    assert many - one == 8 * (64 * capacity.token_bytes + 2 * capacity.page_bytes)
     assert capacity.weight_bytes - capacity.read_bytes == CONFIG.vocab_size * CONFIG.width * 2
     tied = plan(OTHERS[1], "float16", memory_bytes=10**9)
     assert tied.read_bytes == tied.weight_bytes

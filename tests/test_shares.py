@@ -51,19 +51,19 @@ def test_two_fractions_may_be_the_whole(percent: int) -> None:
     MemoryFractions.from_environment({DECODER: str(percent / 100), ENCODER: str((100 - percent) / 100)})
 
 
-def test_text_gets_three_quarters_and_pictures_the_rest() -> None:
-    assert divide(1000, Pool(10, 1, 999), Pool(25, 1, 999)) == (75, 10)
+def test_text_gets_its_share_and_pictures_the_rest() -> None:
+    assert divide(1000, Pool(10, 1, 999), Pool(25, 1, 999), 0.75) == (75, 10)
 
 
 def test_what_one_has_no_use_for_goes_to_the_other() -> None:
-    assert divide(1000, Pool(10, 1, 40), Pool(25, 1, 999)) == (40, 24)
-    assert divide(1000, Pool(10, 1, 999), Pool(25, 1, 4)) == (90, 4)
-    assert divide(1000, Pool(10, 1, 40), Pool(25, 1, 4)) == (40, 4)
+    assert divide(1000, Pool(10, 1, 40), Pool(25, 1, 999), 0.75) == (40, 24)
+    assert divide(1000, Pool(10, 1, 999), Pool(25, 1, 4), 0.75) == (90, 4)
+    assert divide(1000, Pool(10, 1, 40), Pool(25, 1, 4), 0.75) == (40, 4)
 
 
 def test_each_has_its_least_before_the_other_has_more() -> None:
-    assert divide(1000, Pool(10, 90, 999), Pool(25, 1, 999)) == (90, 4)
-    assert divide(1000, Pool(10, 1, 999), Pool(25, 30, 999)) == (25, 30)
+    assert divide(1000, Pool(10, 90, 999), Pool(25, 1, 999), 0.75) == (90, 4)
+    assert divide(1000, Pool(10, 1, 999), Pool(25, 30, 999), 0.75) == (25, 30)
 
 
 pools = st.builds(
@@ -74,12 +74,12 @@ pools = st.builds(
 )
 
 
-@given(st.integers(0, 1_000_000), pools, pools)
+@given(st.integers(0, 1_000_000), pools, pools, st.floats(0, 1))
 def test_pools_fit_are_within_their_bounds_and_leave_nothing_that_either_could_use(
-    spare: int, text: Pool, pictures: Pool
+    spare: int, text: Pool, pictures: Pool, share: float
 ) -> None:
     num_bytes = spare + text.least_bytes + pictures.least_bytes
-    num_blocks, num_pictures = divide(num_bytes, text, pictures)
+    num_blocks, num_pictures = divide(num_bytes, text, pictures, share)
     left = num_bytes - num_blocks * text.page_bytes - num_pictures * pictures.page_bytes
     assert text.least <= num_blocks <= text.most and pictures.least <= num_pictures <= pictures.most
     assert left >= 0

@@ -72,7 +72,7 @@ def report(folder: Path, dtype: str, *, only: str, short: bool, plots: Path | No
     """The tables: of curves whose name the pattern `only` finds, and of bytes. `plots`: where to put `growth_*.svg`."""
     measured = measured_bytes(folder, dtype)
     capacity = plan(load_family(folder).decoder, dtype, memory_bytes=0)
-    predicted = Bytes(capacity.token_bytes * BLOCK_SIZE, capacity.picture_bytes)
+    predicted = Bytes(capacity.token_bytes * BLOCK_SIZE, capacity.page_bytes)
     system = InProcess(folder, dtype, kv_blocks=BLOCKS, image_pages=PAGES, max_running=max(USERS))
     at_users(system, 1, measured)  # warms
     tables = []

@@ -29,7 +29,7 @@ from service.decoder.sequence import Sequence
 from service.decoder.settings import DTYPES, DecoderSettings
 from service.errors import CrossgateError, ImageNotResident, Internal, InvalidRequest, TooLarge
 from service.families.family import DecoderConfig, Family
-from service.isolation import Pulse, run_apart
+from service.isolation import Pulse, all_finite, run_apart
 from service.packed import pack_linears, packed_linear
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Engine:
         if not all(0 <= index < len(request.image_keys) for index in latent_index):
             raise InvalidRequest("latent_index must name pictures of the request.", param="latent_index")
         latents = latents.to(self.runner.dtype)
-        if not latents.isfinite().all():
+        if not all_finite(latents):
             raise InvalidRequest("latents must be finite numbers, as the decoder computes with them.", param="latents")
         runs = [(request.image_keys[index], len(list(rows))) for index, rows in groupby(latent_index)]
         if len(dict(runs)) < len(runs):

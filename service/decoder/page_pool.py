@@ -74,5 +74,7 @@ class PagePool:
         """Write k and v [layers, n, page size, K, C] to n whole pages. Whether all numbers on each are finite."""
         self.k[:, pages] = k = k.transpose(2, 3).to(self.k.dtype)
         self.v[:, pages] = v = v.transpose(2, 3).to(self.v.dtype)
-        finite = (k.isfinite() & v.isfinite()).transpose(0, 1).flatten(1).all(dim=1)  # (n,)
-        return [bool(page_is_finite) for page_is_finite in finite.tolist()]
+        numbers = (0, 2, 3, 4)  # of a page; the least and the greatest tell, NaN being both
+        ends = torch.stack([end for part in (k, v) for end in (part.amin(numbers), part.amax(numbers))])  # (4, n)
+        finite: list[bool] = ends.isfinite().all(dim=0).tolist()
+        return finite

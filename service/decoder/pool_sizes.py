@@ -16,19 +16,16 @@ from service.contract import SamplingParams, ValidRequest
 from service.decoder.kv_blocks import BLOCK_SIZE
 from service.decoder.model import Decoder
 from service.decoder.page_pool import PagePool, PageShape
-from service.decoder.runner import Runner
+from service.decoder.runner import MAX_FILLED, Runner
 from service.decoder.scheduler import Chunk, Step, num_blocks
 from service.decoder.sequence import Sequence
 from service.decoder.settings import DTYPES, DecoderSettings
 from service.errors import InvalidRequest
 from service.families.family import Family
 from service.memory import free_host_bytes
-from service.shares import MAX_PICTURES, Pool, divide
+from service.shares import MAX_PAGES, Pool, divide, text_share
 
 HOST_SHARE = 0.25  # of a host's free memory; more if one context and one picture need it
-# Of one step: what one request may bring, by the gateway's default. A step that brings more and finds no memory for it
-# is computed in halves.
-NUM_FILLED = 16
 
 
 def pool_sizes(family: Family, model: Decoder, settings: DecoderSettings, cuda: Any = torch.cuda) -> tuple[int, int]:
@@ -42,7 +39,8 @@ def pool_sizes(family: Family, model: Decoder, settings: DecoderSettings, cuda: 
     config = family.decoder
     context = num_blocks(config.max_positions)
     text = Pool(_page_bytes(PageShape.of_text(config), settings), context, context * settings.max_running)
-    pictures = Pool(_page_bytes(PageShape.of_images(config.cross_attention), settings), 1, MAX_PICTURES)
+    max_pages = family.vision.max_pages
+    pictures = Pool(_page_bytes(PageShape.of_images(config.cross_attention), settings), max_pages, MAX_PAGES)
     if settings.kv_blocks is not None:
         text = replace(text, least=settings.kv_blocks, most=settings.kv_blocks)
     if settings.image_pages is not None:
@@ -62,12 +60,12 @@ def pool_sizes(family: Family, model: Decoder, settings: DecoderSettings, cuda: 
         )
     if needed > room:
         raise InvalidRequest(
-            f"K/V of {text.least * BLOCK_SIZE:,} tokens and {pictures.least:,} picture(s) takes {_megabytes(needed)}, "
-            f"and there is {_megabytes(room)}: {whence}. To make do with less, set CROSSGATE_KV_BLOCKS and "
-            f"CROSSGATE_IMAGE_PAGES.",
+            f"K/V of {text.least * BLOCK_SIZE:,} tokens and {pictures.least:,} page(s) of pictures takes "
+            f"{_megabytes(needed)}, and there is {_megabytes(room)}: {whence}. To make do with less, set "
+            f"CROSSGATE_KV_BLOCKS and CROSSGATE_IMAGE_PAGES.",
             param="CROSSGATE_KV_BLOCKS" if settings.device == "cpu" else "CROSSGATE_DECODER_MEMORY_FRACTION",
         )
-    return divide(room, text, pictures)
+    return divide(room, text, pictures, text_share(config, max_pages))
 
 
 def largest_step(family: Family, settings: DecoderSettings) -> Step:
@@ -86,8 +84,8 @@ def largest_step(family: Family, settings: DecoderSettings) -> Step:
         sequence.block_table, sequence.image_pages = [0] * num_blocks(count), {"": (0,)}
         chunks.append(Chunk.next(sequence, count))
     cross = config.cross_attention
-    latents = torch.zeros(NUM_FILLED, cross.num_latents, cross.vision_width)
-    return Step(chunks, [((0,) * NUM_FILLED, latents)])
+    latents = torch.zeros(MAX_FILLED, cross.num_latents, cross.vision_width)
+    return Step(chunks, [((0,) * MAX_FILLED, latents)])
 
 
 def _page_bytes(shape: PageShape, settings: DecoderSettings) -> int:

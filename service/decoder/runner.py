@@ -15,6 +15,8 @@ from service.decoder.page_pool import PagePool
 from service.decoder.sampler import sample
 from service.decoder.scheduler import Chunk, Step
 
+MAX_FILLED = 16  # pages whose K and V are computed at a time: so much memory does a step need for them
+
 
 class Runner:
     def __init__(self, model: Decoder, self_kv: PagePool, image_kv: PagePool) -> None:
@@ -58,7 +60,11 @@ class Runner:
             return set()
         pages = [page for of_one, _ in step.image_fills for page in of_one]
         latents = torch.cat([latents for _, latents in step.image_fills])  # (pages, R, E)
-        finite = self.image_kv.fill(pages, *self.model.project_image(latents.to(self.device, self.dtype)))
+        finite: list[bool] = []
+        for start in range(0, len(pages), MAX_FILLED):
+            some = slice(start, start + MAX_FILLED)
+            projected = self.model.project_image(latents[some].to(self.device, self.dtype))
+            finite += self.image_kv.fill(pages[some], *projected)
         return {page for page, fine in zip(pages, finite, strict=True) if not fine}
 
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.families.identity import checkpoint_identity, config_identity
-from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, NormConfig, Rotary
+from service.families.parts import AttentionConfig, FeedForwardConfig, NormConfig, Rotary
+from service.families.vision import VisionConfig
 
 Sight = tuple[int, ...]  # ordinals (0-based, in prompt order) of the pictures that a token sees; () sees none
 
@@ -29,68 +30,6 @@ class Unseen(StrEnum):
 
     SKIP_BLOCK = "skip_block"  # the whole block: text alone behaves as the frozen LM
     ZERO_ATTENTION = "zero_attention"  # attention output 0; the gated FFN still runs
-
-
-@dataclass(frozen=True)
-class EfficientNetConfig:
-    """EfficientNet-Lite; `variant`: its published name. `width`: of the features, per position."""
-
-    variant: str
-    image_size: int
-    width: int
-    num_positions: int  # P
-    mean: tuple[float, float, float]  # of pixels in 0..1
-    std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class VitConfig:
-    """CLIP's vision transformer. `width`: of the features, per position."""
-
-    image_size: int
-    width: int
-    num_positions: int  # P, class token included
-    mean: tuple[float, float, float]  # of pixels in 0..1
-    std: tuple[float, float, float]
-    patch_size: int
-    num_layers: int
-    num_heads: int
-    ffn_width: int
-    activation: Activation = Activation.GELU
-    eps: float = 1e-5
-
-
-EncoderConfig = EfficientNetConfig | VitConfig
-
-
-@dataclass(frozen=True)
-class ResamplerConfig:
-    """Perceiver Resampler. `num_positions`: learned position embeddings over the encoder's grid, None for none."""
-
-    input_width: int
-    width: int  # E
-    depth: int
-    num_heads: int
-    head_width: int
-    num_latents: int  # R
-    ffn_width: int
-    activation: Activation = Activation.RELU
-    qk_norm: bool = False
-    eps: float = 1e-5
-    num_positions: int | None = None
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    encoder: EncoderConfig
-    resampler: ResamplerConfig | None
-
-    @property
-    def latents_shape(self) -> tuple[int, int]:
-        """(R, E) of one picture."""
-        if self.resampler is not None:
-            return self.resampler.num_latents, self.resampler.width
-        return self.encoder.num_positions, self.encoder.width
 
 
 @dataclass(frozen=True)
@@ -159,8 +98,8 @@ class Target:
 class Family:
     """A checkpoint read by its family. The callables are pure.
 
-    `preprocess(picture)`: any PIL picture -> uint8 [3, H, W] RGB, what the encoder sees before normalisation. It can
-    be pickled, for the processes that decode pictures.
+    `preprocess(picture)`: any PIL picture -> uint8 [3, H, W] RGB, the canvas that the encoder sees before
+    normalisation, one of its grids of tiles. It can be pickled, for the processes that decode pictures.
     `image_text(after_image)`: what stands in the prompt text for one picture; `after_image`: the text just before it
     is another picture's. `see(before, previous_token, picture)`: the sight of a token, from that of the token before
     it (() at the start), the id of that token (None at the start), and the ordinal of the picture that this token
@@ -225,12 +164,15 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def load_chat_template(folder: Path) -> str | None:
-    """The chat template as publishers ship it: a file of its own, or a field of tokenizer_config.json."""
+    """The chat template as publishers ship it: a file of its own, or a field of one of two others."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
 
 
 _FUSED = {

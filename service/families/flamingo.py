@@ -19,21 +19,17 @@ from typing import Any
 from service.families.family import (
     CrossAttentionConfig,
     DecoderConfig,
-    EfficientNetConfig,
-    EncoderConfig,
     Family,
-    ResamplerConfig,
     Sight,
     Target,
     Unseen,
-    VisionConfig,
-    VitConfig,
     as_ids,
     fused_target,
     load_chat_template,
 )
 from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, RMSNormConfig, as_rotary
 from service.families.pixels import resize_square
+from service.families.vision import EfficientNetConfig, EncoderConfig, ResamplerConfig, VisionConfig, VitConfig
 
 MODEL_TYPES = ("crossgate_flamingo",)
 

@@ -16,12 +16,9 @@ from service.families.family import (
     CrossAttentionConfig,
     DecoderConfig,
     Family,
-    ResamplerConfig,
     Sight,
     Target,
     Unseen,
-    VisionConfig,
-    VitConfig,
     as_ids,
     fused_target,
     load_chat_template,
@@ -29,10 +26,9 @@ from service.families.family import (
 )
 from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, RMSNormConfig, as_rotary
 from service.families.pixels import resize_square
+from service.families.vision import CLIP_MEAN, CLIP_STD, ResamplerConfig, VisionConfig, VitConfig
 
 MODEL_TYPES = ("idefics",)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load(folder: Path, config: dict[str, Any]) -> Family:

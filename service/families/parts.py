@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 
@@ -127,6 +128,23 @@ def _llama3_scaling(rope: dict[str, Any]) -> Llama3Scaling:
     if original != int(original):
         raise ValueError(f"original_max_position_embeddings is {original!r}, not a whole number")
     return Llama3Scaling(factor, low, high, int(original))
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A number of a config, checked. Raises ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}, not a whole number from {least} on")
+    return value
+
+
+def whole_ones(name: str, value: Any) -> tuple[int, ...]:
+    """A list of ascending numbers from 0 on, checked. Raises ValueError."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} is {value!r}, not a list")
+    numbers = tuple(whole(name, each, 0) for each in value)
+    if any(before >= after for before, after in pairwise(numbers)):
+        raise ValueError(f"{name} is {value!r}, which does not ascend")
+    return numbers
 
 
 def _positive(key: str, value: Any) -> float:

@@ -50,10 +50,11 @@ def _backend(settings: Settings, family: Family, tracing: Tracing) -> TritonBack
     return TritonBackend(
         settings.triton_url,
         config=family.config_identity,
-        image_size=family.vision.encoder.image_size,
+        vision=family.vision,
         probe_token=family.bos_token_id or 0,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         tracing=tracing,
+        shared_memory_bytes=settings.shared_memory,
     )
 
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from service.cores import num_cores
 from service.errors import CrossgateError, InvalidRequest, NotFound, Unauthorized
 from service.families import Family
+from service.families.card import ModelCard
 from service.families.family import read_json
 from service.gateway.admission import Admission
 from service.gateway.api.docs import install_docs
@@ -138,7 +139,9 @@ def create_app(
     app = FastAPI(title="Crossgate", lifespan=lifespan, redirect_slashes=False)  # what is not here is not here
     app.state.admission = admission
     app.state.bodies = bodies
-    app.include_router(model_routes(settings, keys, questions, pipeline, metrics, int(time.time())))
+    card = ModelCard.of(family, settings.dtype_of_stages)
+    log.info("%s", card.line())
+    app.include_router(model_routes(settings, keys, questions, pipeline, metrics, card, int(time.time())))
     app.include_router(probe_routes(admission, heartbeat, metrics))
     app.add_middleware(OpsPort, port=settings.ops_port)  # the last one is the outermost
     app.add_middleware(Edge, metrics=metrics, tracing=tracing, draining=lambda: admission.draining)

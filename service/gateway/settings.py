@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.dtype import default_dtype
 from service.errors import InvalidRequest
 
 PREFIX = "CROSSGATE_"
@@ -40,6 +41,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, validation_alias="PORT")
     ops_port: int | None = Field(None, ge=1, le=65535)  # probes and metrics listen there alone; unset: at PORT, too
     triton_url: str = Field("127.0.0.1:8001", validation_alias="TRITON_URL")  # gRPC host:port
+    device: str = Field("", validation_alias="DEVICE")  # of the stages, as this and the next; empty: not known here
+    dtype: str = Field("", pattern="^(|float32|bfloat16|float16)$", validation_alias="DTYPE")
+    shared_memory_bytes: int | None = Field(None, ge=0)  # with Triton; unset: 1 GiB if it is at a loopback address
     model_name: str = ""  # as clients call it; empty: the name of the checkpoint's folder
 
     api_keys: SecretStr = SecretStr("")  # NAME:KEY or KEY, separated by commas; none at all: no authentication
@@ -103,6 +107,18 @@ class Settings(BaseSettings):
     @property
     def served_name(self) -> str:
         return self.model_name or self.model_path.resolve().name
+
+    @property
+    def dtype_of_stages(self) -> str | None:
+        """What they compute in. None if nothing says so here."""
+        return self.dtype or (default_dtype(self.device) if self.device else None)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes, for latents that are too large to be sent."""
+        host = self.triton_url.rpartition(":")[0]
+        is_local = host in ("localhost", "[::1]") or host.startswith("127.")
+        return (1 << 30 if is_local else 0) if self.shared_memory_bytes is None else self.shared_memory_bytes
 
     @property
     def has_keys(self) -> bool:

@@ -13,6 +13,7 @@ import time
 
 from service.errors import CrossgateError, Unavailable
 from service.families import Family
+from service.families.card import ModelCard
 from service.launch import first_question
 from service.launch.client import answers_within
 from service.launch.model_path import load_checkpoint
@@ -43,7 +44,8 @@ def serve(settings: LaunchSettings, family: Family, port: int, *, question: bool
     ports = TritonPorts(*free_ports(3, besides=[port]))
     gateway, triton = make_services(settings, family, port, ports)
     supervisor = Supervisor([gateway, triton], say)
-    say(f"loading {family.folder} ({family.name}) on {settings.device} with {settings.num_threads} threads")
+    card = ModelCard.of(family, settings.dtype)
+    say(f"loading {family.folder} on {settings.device} with {settings.num_threads} threads: {card.line()}")
     answer: list[bool] = []  # of the asking thread, once it has asked
 
     def ask() -> None:

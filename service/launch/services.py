@@ -47,6 +47,8 @@ def _gateway(settings: LaunchSettings, family: Family, port: int, ports: TritonP
         "MODEL_PATH": str(family.folder),
         "HOST": settings.host,
         "PORT": str(port),
+        "DEVICE": settings.device,
+        "DTYPE": settings.dtype,
         "TRITON_URL": f"{LOOPBACK}:{ports.grpc}",
     }
     command = [sys.executable, "-m", "service.gateway"]

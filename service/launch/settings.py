@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.cores import num_cores
+from service.dtype import default_dtype
 from service.errors import InvalidRequest
+from service.families.card import BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
@@ -26,6 +28,7 @@ class LaunchSettings:
     host: str
     port: int
     device: str
+    dtype: str  # of both stages
     num_threads: int  # of each model process
     ops_port: int | None = None
 
@@ -33,11 +36,13 @@ class LaunchSettings:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LaunchSettings:
         """Raises InvalidRequest, in one line for an operator, for a value that cannot be."""
         model_path = environment.get("MODEL_PATH")
+        device = environment.get("DEVICE") or ("cuda" if has_gpu() else "cpu")
         return cls(
             model_path=Path(model_path).expanduser().resolve() if model_path else None,
             host=environment.get("HOST") or "127.0.0.1",
             port=_integer(environment, "PORT", 8000, range(65536)),
-            device=environment.get("DEVICE") or ("cuda" if has_gpu() else "cpu"),
+            device=device,
+            dtype=_dtype(environment, device),
             num_threads=_integer(environment, "CROSSGATE_NUM_THREADS", num_cores(), range(1, 1025)),
             ops_port=_integer(environment, "CROSSGATE_OPS_PORT", 0, range(1, 65536)) or None,
         )
@@ -46,6 +51,13 @@ class LaunchSettings:
     def client_host(self) -> str:
         """Where this machine reaches the gateway."""
         return WILDCARDS.get(self.host, self.host)
+
+
+def _dtype(environment: Mapping[str, str], device: str) -> str:
+    dtype = environment.get("DTYPE") or default_dtype(device)
+    if dtype not in BYTES:
+        raise InvalidRequest(f"DTYPE={dtype} is not one of {', '.join(BYTES)}.", param="DTYPE")
+    return dtype
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int, allowed: range) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.activations import activate
-from service.families.family import ResamplerConfig
+from service.families.vision import ResamplerConfig
 
 
 class PerceiverResampler(nn.Module):

@@ -1,4 +1,4 @@
-"""Stage 1: uint8 pixels in, a picture's latents out. Encoder, then Resampler if the family has one.
+"""Stage 1: uint8 pixels in, a picture's latents out. Encoder, then Resampler or projector if the family has one.
 
 Knows nothing of Triton: `model_repo/vision_encoder` is its adapter.
 """
@@ -10,28 +10,37 @@ from torch import Tensor, nn
 
 from service.checkpoint import load_weights
 from service.errors import CrossgateError, Internal, InvalidRequest
-from service.families.family import EfficientNetConfig, EncoderConfig, Family, VisionConfig, VitConfig
-from service.isolation import Pulse, run_apart
+from service.families.family import Family
+from service.families.vision import EfficientNetConfig, EncoderConfig, TiledVitConfig, VisionConfig, VitConfig
+from service.isolation import Pulse, all_finite, run_apart
 from service.packed import pack_linears
 from service.turns import Turns
 from service.vision.efficientnet import EfficientNetLite
 from service.vision.resampler import PerceiverResampler
+from service.vision.tiled_vit import TiledVisionTransformer
 from service.vision.vit import VisionTransformer
 
 
 class VisionModel(nn.Module):
-    """Float pixels, normalised, [B, 3, H, W] -> latents [B, R, E]."""
+    """Float pixels, normalised, [B, 3, H, W] -> latents [B, S, R, E], a page for each of S tiles."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.encoder = make_encoder(config.encoder)
         self.resampler = PerceiverResampler(config.resampler) if config.resampler is not None else None
+        self.projector = None
+        if config.projector is not None:
+            self.projector = nn.Linear(config.projector.input_width, config.projector.width)
+        self.num_latents = config.latents_shape[0]  # R
 
     def forward(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = self.encoder(pixels)  # (B, P, E)
+        latents: Tensor = self.encoder(pixels)  # (B, S*P, features)
         if self.resampler is not None:
-            latents = self.resampler(latents)  # (B, R, E)
-        return latents
+            latents = self.resampler(latents)  # (B, S*R, E)
+        if self.projector is not None:
+            latents = self.projector(latents)  # (B, S*R, E)
+        pages: Tensor = latents.unflatten(1, (-1, self.num_latents))
+        return pages
 
 
 class VisionStage:
@@ -43,7 +52,7 @@ class VisionStage:
     def __init__(self, family: Family, device: str, dtype: str, turns: Turns | None = None) -> None:
         """Loads the weights. Raises InvalidRequest, in one line, for a checkpoint that does not fit."""
         encoder = family.vision.encoder
-        self.pixels_shape = (3, encoder.image_size, encoder.image_size)
+        self.vision = family.vision
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         with torch.device("meta"):
             model = VisionModel(family.vision)
@@ -59,7 +68,7 @@ class VisionStage:
             pass_on_between_layers(self.model, turns)
 
     def encode_each(self, requests: list[Tensor]) -> list[Tensor | CrossgateError]:
-        """Pixels [B, 3, H, W] of each request -> its latents [B, R, E] on the CPU, computed together.
+        """Pixels [B, 3, H, W] of each request -> its latents [B, S, R, E] on the CPU, computed together.
 
         A request that fails, or whose latents are not finite, fails alone. Raises Broken if nothing works any more.
         """
@@ -71,7 +80,7 @@ class VisionStage:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> latents [B, R, E]. Normalised here: uint8 is a quarter of the bytes to move."""
+        """uint8 [B, 3, H, W] -> latents [B, S, R, E]. Normalised here: uint8 is a quarter of the bytes to move."""
         normalised = (pixels.to(self.device).float() / 255 - self._mean) / self._std
         normalised = normalised.to(self.dtype).contiguous(memory_format=torch.channels_last)  # faster convolutions
         latents: Tensor = self.model(normalised)
@@ -80,24 +89,29 @@ class VisionStage:
     def _encode_together(self, requests: list[Tensor]) -> list[Tensor | None]:
         pixels = torch.cat(requests)  # (sum of B, 3, H, W)
         if self._turns is None:
-            latents = self.encode(pixels).cpu()  # (sum of B, R, E)
+            latents = self.encode(pixels).cpu()  # (sum of B, S, R, E)
         else:  # one by one, so that a layer is a short time; on a CPU a batch is no faster
             with self._turns.turn(len(pixels)):
                 latents = torch.cat([self.encode(picture) for picture in pixels.split(1)])
-        return [part if part.isfinite().all() else None for part in latents.split([len(part) for part in requests])]
+        return [part if all_finite(part) else None for part in latents.split([len(part) for part in requests])]
 
     def _fits(self, pixels: Tensor) -> bool:
-        return pixels.dtype == torch.uint8 and tuple(pixels.shape[1:]) == self.pixels_shape
+        shape = tuple(pixels.shape[1:])
+        fits = len(shape) == 3 and shape[0] == 3 and self.vision.grid(shape[1], shape[2]) is not None
+        return fits and pixels.dtype == torch.uint8
 
     def _misfit(self) -> InvalidRequest:
-        return InvalidRequest(f"pixels must be uint8 [B, {', '.join(map(str, self.pixels_shape))}].", param="pixels")
+        size, grids = self.vision.encoder.image_size, self.vision.encoder.grids
+        shapes = " or ".join(f"[B, 3, {rows * size}, {columns * size}]" for rows, columns in grids)
+        return InvalidRequest(f"pixels must be uint8 {shapes}.", param="pixels")
 
     @staticmethod
     def _result(latents: Tensor | None) -> Tensor | CrossgateError:
         return Internal("The vision encoder failed.") if latents is None else latents
 
     def _probe(self) -> bool:
-        return self._encode_together([torch.zeros(1, *self.pixels_shape, dtype=torch.uint8)]) != [None]
+        size = self.vision.encoder.image_size
+        return self._encode_together([torch.zeros(1, 3, size, size, dtype=torch.uint8)]) != [None]
 
 
 def make_encoder(config: EncoderConfig) -> nn.Module:
@@ -106,6 +120,8 @@ def make_encoder(config: EncoderConfig) -> nn.Module:
             return EfficientNetLite(config.variant)
         case VitConfig():
             return VisionTransformer(config)
+        case TiledVitConfig():
+            return TiledVisionTransformer(config)
 
 
 def pass_on_between_layers(model: nn.Module, turns: Turns) -> None:

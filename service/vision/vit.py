@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.activations import activate
-from service.families.family import VitConfig
+from service.families.vision import TiledVitConfig, VitConfig
+
+LayerConfig = VitConfig | TiledVitConfig
 
 
 class VisionTransformer(nn.Module):
@@ -43,35 +45,41 @@ class Embeddings(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
         self.self_attn = SelfAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, num_real: int | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), num_real)
         x = x + self.mlp(self.layer_norm2(x))
         return x
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv_proj = nn.Linear(config.width, 3 * config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=config.attention_bias)
+        self.out_proj = nn.Linear(config.width, config.width, bias=config.attention_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_real: int | None = None) -> Tensor:
+        """[B, P, E] -> [B, P, E]. Positions from `num_real` on are padding: they see the real ones, not each other."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, P, C)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, P, E)
-        projected: Tensor = self.out_proj(out)
+        if num_real is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            real = F.scaled_dot_product_attention(q[:, :, :num_real], k, v)
+            padding = F.scaled_dot_product_attention(q[:, :, num_real:], k[:, :, :num_real], v[:, :, :num_real])
+            out = torch.cat((real, padding), dim=2)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, P, E)
         return projected
 
 
 class MLP(nn.Module):
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.activation = config.activation
         self.fc1 = nn.Linear(config.width, config.ffn_width)

@@ -25,7 +25,7 @@ def make_request(family: Family, input_ids: list[int], pictures: Pictures, sampl
 
 
 def add(engine: Engine, request_id: int, request: ValidRequest, stage: VisionStage, pictures: Pictures) -> None:
-    latents = stage.encode(torch.from_numpy(pictures)) if len(pictures) else None
+    latents = stage.encode(torch.from_numpy(pictures)).flatten(0, 1) if len(pictures) else None
     engine.add(request_id, request, latents, list(range(len(pictures))))
 
 
@@ -46,10 +46,15 @@ def tokens(events: list[TokenEvent]) -> list[int]:
 def prompt_logits(engine: Engine, request: ValidRequest, stage: VisionStage, pictures: Pictures) -> torch.Tensor:
     """Fp32 logits [L, V] of every prompt token, by the engine's own step; the request is dropped afterwards."""
     add(engine, 10**6, request, stage, pictures)
+    return step_logits(engine, 10**6)
+
+
+def step_logits(engine: Engine, request_id: int) -> torch.Tensor:
+    """Of every token of the only request of an engine, in its first step; the request is dropped afterwards."""
     step = engine.scheduler.schedule()
     engine.runner.run(step)
     batch = engine.runner.batch(step.chunks)
     with torch.inference_mode():
         logits = engine.runner.logits(replace(batch, logits_rows=torch.arange(len(batch.input_ids))))
-    engine.cancel(10**6)
+    engine.cancel(request_id)
     return logits

@@ -250,7 +250,7 @@ def tiled(world: World, index: int, num_tiles: int) -> tuple[ValidRequest, torch
     request, pictures = world.requests[index]
     rng = np.random.default_rng(index)
     others = rng.integers(0, 256, (num_tiles - 1, 3, 28, 28), dtype=np.uint8)
-    latents = world.stage.encode(torch.from_numpy(np.concatenate([pictures, others])))
+    latents = world.stage.encode(torch.from_numpy(np.concatenate([pictures, others]))).flatten(0, 1)
     return dataclasses.replace(request, image_keys=(f"{num_tiles:064}",)), latents
 
 
@@ -291,7 +291,7 @@ def test_pictures_of_many_sizes_in_a_batch_do_not_change_greedy_tokens(
 @pytest.mark.parametrize("latent_index", [[0, 1, 0], [1, 0, 1]])
 def test_a_pictures_tiles_stand_together(world: World, latent_index: list[int]) -> None:
     request, pictures = world.requests[2]
-    latents = world.stage.encode(torch.from_numpy(pictures))[[0, 1, 0]]
+    latents = world.stage.encode(torch.from_numpy(pictures)).flatten(0, 1)[[0, 1, 0]]
     with pytest.raises(InvalidRequest) as caught:
         world.engine().add(0, request, latents, latent_index)
     assert caught.value.param == "latent_index"

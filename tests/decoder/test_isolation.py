@@ -235,7 +235,7 @@ def test_after_a_failed_step_the_next_request_is_answered_about_its_own_picture(
     def ask() -> tuple[list[int], CrossgateError | None]:
         answers: queue.SimpleQueue[TokenEvent | CrossgateError | None] = queue.SimpleQueue()
         request, pictures = world.requests[5]
-        latents = world.stage.encode(torch.from_numpy(pictures))
+        latents = world.stage.encode(torch.from_numpy(pictures)).flatten(0, 1)
         loop.submit(request, latents, list(range(len(pictures))), answers.put, lambda: False)
         got: list[int] = []
         while True:
@@ -286,7 +286,7 @@ def test_requests_that_bring_the_same_picture_at_once_share_one_fill(
 def test_a_picture_whose_fill_breaks_fails_those_who_need_it(world: World, expected: dict[int, list[int]]) -> None:
     engine = world.engine()
     request, pictures = world.requests[1]
-    latents = world.stage.encode(torch.from_numpy(pictures))
+    latents = world.stage.encode(torch.from_numpy(pictures)).flatten(0, 1)
     endless = latents.clone()
     endless[0, 0] = 3e38 * torch.where(torch.arange(latents.shape[2]) % 2 == 0, 1.0, -1.0)  # finite; its K/V is not
     broken = dataclasses.replace(request, image_keys=("ab" * 32,))
@@ -314,7 +314,7 @@ def test_a_broken_picture_is_never_resident_though_its_prompt_begins_without_it(
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_latents_that_are_not_finite_are_refused(world: World, value: float) -> None:
     request, pictures = world.requests[2]
-    latents = world.stage.encode(torch.from_numpy(pictures)).clone()
+    latents = world.stage.encode(torch.from_numpy(pictures)).flatten(0, 1).clone()
     latents[1, -1, -1] = value
     with pytest.raises(InvalidRequest) as caught:
         world.engine().add(0, request, latents, [0, 1])
@@ -323,7 +323,7 @@ def test_latents_that_are_not_finite_are_refused(world: World, value: float) -> 
 
 def test_latents_past_the_range_of_the_decoders_dtype_are_refused(world: World) -> None:
     request, pictures = world.requests[1]
-    latents = world.stage.encode(torch.from_numpy(pictures)).clone()
+    latents = world.stage.encode(torch.from_numpy(pictures)).flatten(0, 1).clone()
     latents[0, 0, 0] = 1e5
     engine = world.engine(dataclasses.replace(ROOMY, dtype="float16"))
     with pytest.raises(InvalidRequest) as caught:

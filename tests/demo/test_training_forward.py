@@ -37,7 +37,7 @@ def test_training_forward_answers_as_the_engine_does(tmp_path: Path) -> None:
     load_connector(model, CONNECTOR)
     for index, path in enumerate(EXAMPLES[:4]):
         pictures = family.preprocess(Image.open(path))[None]
-        latents = stage.encode(torch.from_numpy(pictures))
+        latents = stage.encode(torch.from_numpy(pictures)).flatten(0, 1)
         expected = [answer(model, latents, question) for question in QUESTIONS]
         for place, question in enumerate(QUESTIONS):
             ids = tokenizer.encode(SYSTEM + IMAGE_TOKEN + question + AFTER_QUESTION).ids

@@ -19,7 +19,7 @@ from service.contract import SamplingParams, ValidRequest
 from service.errors import CrossgateError, from_triton
 from service.families import load_family
 from service.gateway.pictures.encode import Latents
-from service.gateway.stages.triton import decoder_message
+from service.gateway.stages.messages import decoder_message
 from tests.e2e.running import Running, picture, question
 
 KEY = "ab" * 32
@@ -48,7 +48,7 @@ class Maker:
         self._config, self._checkpoint = bytes.fromhex(family.config_identity), bytes.fromhex(family.identity)
 
     def message(self, request: ValidRequest, latents: Mapping[str, NDArray[Any]]) -> service_pb2.ModelInferRequest:
-        sent = {key: Latents(values, self._checkpoint) for key, values in latents.items()}
+        sent = {key: Latents(values[None], self._checkpoint) for key, values in latents.items()}
         return decoder_message(request, sent, self._config)
 
     def with_sampling(self, text: bytes) -> service_pb2.ModelInferRequest:

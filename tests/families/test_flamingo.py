@@ -12,7 +12,6 @@ import pytest
 from demo.recipe import checkpoint_config
 from service.errors import InvalidRequest
 from service.families import load_family
-from service.families.family import EfficientNetConfig, ResamplerConfig, VitConfig
 from service.families.parts import (
     Activation,
     AttentionConfig,
@@ -21,6 +20,7 @@ from service.families.parts import (
     RMSNormConfig,
     Rotary,
 )
+from service.families.vision import EfficientNetConfig, ResamplerConfig, VitConfig
 
 TEXT = {
     "vocab_size": 100,

@@ -8,18 +8,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from service.families.family import (
-    CrossAttentionConfig,
-    DecoderConfig,
-    Family,
-    ResamplerConfig,
-    Sight,
-    Unseen,
-    VisionConfig,
-    VitConfig,
-)
+from service.families.family import CrossAttentionConfig, DecoderConfig, Family, Sight, Unseen
 from service.families.parts import Activation, AttentionConfig, FeedForwardConfig, RMSNormConfig, Rotary
 from service.families.pixels import resize_square
+from service.families.vision import ResamplerConfig, VisionConfig, VitConfig
 
 CORPUS = [
     "What is in the picture? A red apple and a yellow banana stand on a blue table.",

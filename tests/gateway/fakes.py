@@ -59,7 +59,7 @@ class FakeBackend:
             self.num_encoding -= 1
         if self.encode_failure is not None:
             raise self.encode_failure
-        return Latents(np.full((4, 8), pixels.mean(), np.float32), self.encoder_checkpoint)
+        return Latents(np.full((1, 4, 8), pixels.mean(), np.float32), self.encoder_checkpoint)
 
     async def generate(self, request: ValidRequest, latents: Mapping[str, Latents]) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)

@@ -20,7 +20,7 @@ def test_an_empty_environment_means_the_demo_on_the_loopback() -> None:
 def test_what_is_set_counts(tmp_path: Path) -> None:
     environment = {"MODEL_PATH": str(tmp_path), "HOST": "0.0.0.0", "PORT": "81", "CROSSGATE_NUM_THREADS": "3"}
     settings = LaunchSettings.from_environment({**environment, "DEVICE": "cuda:1"})
-    assert settings == LaunchSettings(tmp_path.resolve(), "0.0.0.0", 81, "cuda:1", 3)
+    assert settings == LaunchSettings(tmp_path.resolve(), "0.0.0.0", 81, "cuda:1", "bfloat16", 3)
     assert settings.client_host == "127.0.0.1"
 
 
@@ -31,6 +31,7 @@ def test_what_is_set_counts(tmp_path: Path) -> None:
         ("PORT", "65536"),
         ("PORT", "-1"),
         ("CROSSGATE_NUM_THREADS", "0"),
+        ("DTYPE", "int8"),
         ("CROSSGATE_NUM_THREADS", "²"),
     ],
 )

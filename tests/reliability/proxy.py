@@ -8,10 +8,14 @@ from types import TracebackType
 
 
 class Proxy:
-    """Forwards to a port of the loopback; `fall_silent` ends that for the connections that are there."""
+    """Forwards to a port of the loopback; `fall_silent` ends that for the connections that are there.
+
+    `num_bytes`: forwarded so far, in both directions.
+    """
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
+        self.num_bytes = 0
         self._silent: set[asyncio.StreamWriter] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -48,6 +52,7 @@ class Proxy:
         try:
             while data := await reader.read(1 << 16):
                 if writer not in self._silent:
+                    self.num_bytes += len(data)
                     writer.write(data)
                     await writer.drain()
         except OSError:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-from service.families.family import ResamplerConfig
 from service.families.parts import Activation
+from service.families.vision import ResamplerConfig
 from service.vision.resampler import PerceiverResampler
 
 WIDTH, DEPTH, HEADS, HEAD_WIDTH, LATENTS = 48, 3, 4, 8, 6

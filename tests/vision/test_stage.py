@@ -30,7 +30,7 @@ class BreakingModel(torch.nn.Module):
         marked = pixels[:, 0, 0, 0] > 1.9  # normalised: the brightest
         if self.error is not None and marked.any():
             raise self.error
-        return torch.where(marked[:, None, None], self.value, latents)
+        return torch.where(marked[:, None, None, None], self.value, latents)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from service.families.family import VitConfig
 from service.families.parts import Activation
+from service.families.vision import VitConfig
 from service.vision.vit import VisionTransformer
 
 

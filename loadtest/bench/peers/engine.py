@@ -68,7 +68,9 @@ class InProcess:
         except ImageNotResident as missing:
             new = [index for index, key in enumerate(keys) if key in missing.keys and key not in latents]
             if new:
-                encoded = self.stage.encode(torch.from_numpy(np.stack([pictures[index] for index in new])))
+                encoded = self.stage.encode(torch.from_numpy(np.stack([pictures[index] for index in new]))).flatten(
+                    0, 1
+                )
                 latents.update(zip((keys[index] for index in new), encoded, strict=True))
             sent = [index for index, key in enumerate(keys) if key in missing.keys]
             self.engine.add(request_id, valid, torch.stack([latents[keys[index]] for index in sent]), sent)

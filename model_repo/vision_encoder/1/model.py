@@ -33,10 +33,12 @@ class TritonPythonModel:
     def auto_complete_config(config: Any) -> Any:
         """Declare the tensors from the checkpoint. No torch here: Triton runs this in a process of its own."""
         family = load_family(Path(os.environ["MODEL_PATH"]))
-        size = family.vision.encoder.image_size
-        data_type = "TYPE_FP16" if on_gpu() else "TYPE_FP32"
-        config.add_input({"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, size, size]})
-        config.add_output({"name": "latents", "data_type": data_type, "dims": list(family.vision.latents_shape)})
+        encoder, data_type = family.vision.encoder, "TYPE_FP16" if on_gpu() else "TYPE_FP32"
+        is_tiled = len(encoder.grids) > 1
+        canvas = [-1, -1] if is_tiled else [encoder.image_size, encoder.image_size]
+        latents = [-1 if is_tiled else 1, *family.vision.latents_shape]
+        config.add_input({"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, *canvas]})
+        config.add_output({"name": "latents", "data_type": data_type, "dims": latents})
         config.add_output({"name": "checkpoint", "data_type": "TYPE_UINT8", "dims": [32]})
         return config
 
@@ -70,7 +72,7 @@ class TritonPythonModel:
         When nothing works any more this process ends: whoever supervises Triton starts it anew.
         """
         tensors = [pb_utils.get_input_tensor_by_name(request, "pixels") for request in requests]
-        pixels = [self.torch.from_dlpack(tensor.to_dlpack()) for tensor in tensors]  # each (B, 3, H, W)
+        pixels = [self.torch.from_dlpack(tensor.to_dlpack()) for tensor in tensors]  # each (B, 3, H, W), of one size
         try:
             results = self.stage.encode_each(pixels)
         except Exception as error:  # whatever it is, every request is owed an answer

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import CrossgateError
+from service.families.card import ModelCard
 from service.gateway.api.auth import key_check
 from service.gateway.api.docs import CHAT_DOCS, GENERATE_DOCS
 from service.gateway.api.keys import KeyRing
@@ -30,6 +31,7 @@ def model_routes(
     questions: QuestionReader,
     pipeline: Pipeline,
     metrics: Metrics,
+    card: ModelCard,
     created: int,
 ) -> APIRouter:
     """`keys` None: the door is open."""
@@ -37,7 +39,7 @@ def model_routes(
         prefix="/v1", dependencies=[] if keys is None else [Depends(key_check(keys, isolate=settings.isolate_keys))]
     )
     served_name = settings.served_name
-    card = {"id": served_name, "object": "model", "created": created, "owned_by": "crossgate"}
+    listed = {"id": served_name, "object": "model", "created": created, "owned_by": "crossgate", **card.to_json()}
 
     @router.post("/generate", openapi_extra=GENERATE_DOCS)
     async def generate(request: Request) -> Response:
@@ -53,12 +55,12 @@ def model_routes(
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [listed]}
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         check_model(model, served_name)
-        return card
+        return listed
 
     async def reply(request: Request, question: Question, reply: Reply) -> Response:
         record: Record = request.state.record

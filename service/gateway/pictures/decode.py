@@ -16,7 +16,7 @@ from service.gateway.pictures.containers import Broken, Container, TooComplex, r
 
 MAX_SIDE = 65_535  # JPEG's own; the resizing of millions of pixels to hundreds would take gigabytes
 DRAFT_PIXELS = 16_000_000  # a JPEG above it is decoded at a half, a quarter or an eighth
-DRAFT_SIDES = 4  # times the encoder's: what it has at least after that
+DRAFT_SIDES = 3  # times a tile's: what it has at least after that
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -88,18 +88,18 @@ def draw(container: Container, field: str, scale: int = 1) -> Image.Image:
         raise InvalidRequest("The picture is broken.", param=field) from error
 
 
-def draft_scale(container: Container, encoder_size: int) -> int:
+def draft_scale(container: Container, tile_size: int) -> int:
     """1, 2, 4 or 8: how much smaller a huge JPEG is decoded. What is not huge is decoded as it is, pixel for pixel."""
     if container.form != "JPEG" or container.width * container.height <= DRAFT_PIXELS:
         return 1
     smaller_side = min(container.width, container.height)
-    return next((scale for scale in (8, 4, 2) if smaller_side // scale >= DRAFT_SIDES * encoder_size), 1)
+    return next((scale for scale in (8, 4, 2) if smaller_side // scale >= DRAFT_SIDES * tile_size), 1)
 
 
-def cost(container: Container, encoder_size: int) -> Cost:
-    scale = draft_scale(container, encoder_size)
+def cost(container: Container, resized_side: int, scale: int = 1) -> Cost:
+    """`scale`: from `draft_scale`. `resized_side`: of the square that it is resized to, or what costs as much."""
     num_pixels = container.width * container.height
     pixel_bytes = container.pixel_bytes if container.orientation == 1 else max(container.pixel_bytes, 8)
-    resizing_bytes = 2 * 4 * encoder_size * max(container.width, container.height) // scale
+    resizing_bytes = 2 * 4 * resized_side * max(container.width, container.height) // scale
     memory_bytes = num_pixels // scale**2 * pixel_bytes + container.fixed_bytes + resizing_bytes
     return Cost(memory_bytes + 2 * len(container.content), num_pixels * container.num_scans)

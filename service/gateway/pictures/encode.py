@@ -22,10 +22,13 @@ from service.errors import StageTimeout
 
 @dataclass(frozen=True)
 class Latents:
-    """`values` [R, E], fp16 or fp32 as the encoder gives them. `checkpoint`: identity of that encoder's, 32 bytes."""
+    """`values` [S, R, E], a page for each tile, fp16 or fp32 as the encoder gives them. `checkpoint`: identity of that
+    encoder's, 32 bytes. `region`: what holds the memory of `values`, if the backend shares it with Triton.
+    """
 
     values: NDArray[Any]
     checkpoint: bytes
+    region: Any = None
 
 
 Encode = Callable[[NDArray[np.uint8]], Awaitable[Latents]]

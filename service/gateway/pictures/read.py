@@ -40,7 +40,8 @@ class PictureReader:
     def __init__(
         self, family: Family, limits: PictureLimits, *, num_workers: int, timeout_s: float, max_wait_s: float
     ) -> None:
-        setup = Setup(limits, family.config_identity, family.vision.encoder.image_size, family.preprocess)
+        vision = family.vision
+        setup = Setup(limits, family.config_identity, vision.encoder.image_size, vision.resized_side, family.preprocess)
         self._limits = limits
         self._max_wait_s = max_wait_s
         self.workers = Workers(setup, num_workers=num_workers, timeout_s=timeout_s)

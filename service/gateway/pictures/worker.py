@@ -47,11 +47,14 @@ HEAD = struct.Struct(">I")
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker knows of the limits and the model. `encoder_size`: pixels of a side, after `preprocess`."""
+    """What a worker knows of the limits and the model. Pixels: of a side of a tile, and of the square that resizing is
+    counted as.
+    """
 
     limits: PictureLimits
     identity: str
-    encoder_size: int
+    tile_size: int
+    resized_side: int
     preprocess: Callable[[Image.Image], NDArray[np.uint8]]
 
 
@@ -97,7 +100,8 @@ def _answer(setup: Setup, job: dict[str, Any], content: bytes) -> tuple[dict[str
             raise TooLarge(f"A picture takes at most {limits.max_image_bytes} bytes.", param=field)
     container = examine(content, field, limits.max_image_pixels)
     del content
-    needed = cost(container, setup.encoder_size)
+    scale = draft_scale(container, setup.tile_size)
+    needed = cost(container, setup.resized_side, scale)
     if needed.memory_bytes > limits.memory_bytes:
         raise TooLarge(
             f"A picture takes at most {limits.memory_bytes} bytes of memory to decode; "
@@ -106,7 +110,7 @@ def _answer(setup: Setup, job: dict[str, Any], content: bytes) -> tuple[dict[str
         )
     if not job["heavy_bytes"] and (needed.memory_bytes > LIGHT_BYTES or needed.work > LIGHT_WORK):
         return {"heavy_bytes": needed.memory_bytes}, b""
-    picture = draw(container, field, draft_scale(container, setup.encoder_size))
+    picture = draw(container, field, scale)
     del container
     pixels = np.ascontiguousarray(setup.preprocess(picture))
     return {"key": picture_key(pixels, setup.identity), "shape": pixels.shape}, pixels.tobytes()

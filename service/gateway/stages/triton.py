@@ -2,16 +2,19 @@
 
 One channel a process and one for its heartbeats, one bidirectional stream a request. `tritonclient`'s generated stubs
 are used directly: its `aio.InferenceServerClient.stream_infer` builds a result object and numpy arrays a message and
-lets raw gRPC errors out of its iterator; a stub's call gives the bytes, and cancels with one method.
+lets raw gRPC errors out of its iterator; a stub's call gives the bytes, and cancels with one method. Latents that are
+large do not travel where memory can be shared.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Mapping
-from functools import cached_property
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import grpc
@@ -21,9 +24,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from service.contract import FUSED_DECODER, VISION_ENCODER, SamplingParams, TokenEvent, ValidRequest
 from service.errors import CrossgateError, Overloaded, StageLost, Unavailable
+from service.families.vision import VisionConfig
 from service.gateway.pictures.encode import Latents
 from service.gateway.stages.failures import from_grpc, from_message
-from service.gateway.telemetry.logs import request_id
+from service.gateway.stages.messages import decoder_message, encoder_message, read_event, read_latents
+from service.gateway.stages.shared_memory import NotShared, Region, SharedMemory
 from service.gateway.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -44,6 +49,8 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 HEARTBEAT_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))  # else both would share a connection
+MIN_SHARED_BYTES = 1 << 20  # below it a message is as fast
+FIRST_ITEMSIZE = 4  # bytes of a number of latents, as long as none have come: fp32
 FRESH_S = 2.0  # a model that answered anything so lately needs no heartbeat
 
 
@@ -51,7 +58,7 @@ class Backend(Protocol):
     """Both stages. Every method raises CrossgateError only."""
 
     async def encode(self, pixels: NDArray[np.uint8]) -> Latents:
-        """`pixels` [3, H, W] -> latents [R, E]."""
+        """`pixels` [3, H, W] -> latents [S, R, E]."""
         ...
 
     def generate(self, request: ValidRequest, latents: Mapping[str, Latents]) -> AsyncGenerator[TokenEvent, None]:
@@ -70,8 +77,9 @@ class Backend(Protocol):
 
 
 class TritonBackend:
-    """`image_size` and `probe_token`: of the tiny inferences that `ready` makes. `config`: the identity of the
-    checkpoint's config by which requests are made, hex. Belongs to one event loop.
+    """`config`: the identity of the checkpoint's config by which requests are made, hex. `probe_token`: of the tiny
+    inferences that `ready` makes. `shared_memory_bytes`: how much of this host's shared memory may be used, if Triton
+    sees it; 0: none. Belongs to one event loop.
     """
 
     def __init__(
@@ -79,54 +87,111 @@ class TritonBackend:
         url: str,
         *,
         config: str,
-        image_size: int,
+        vision: VisionConfig,
         probe_token: int,
         heartbeat_timeout_s: float,
         tracing: Tracing | None = None,
+        shared_memory_bytes: int = 0,
     ) -> None:
         self._url = url
         self._config = bytes.fromhex(config)
         self._channels: list[grpc.aio.Channel] = []
-        self._blank = np.zeros((3, image_size, image_size), np.uint8)
+        self._vision = vision
+        self._blank = np.zeros((3, vision.encoder.image_size, vision.encoder.image_size), np.uint8)
         self._probe = ValidRequest(input_ids=(probe_token,), sampling=SamplingParams(max_tokens=1, stream=False))
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._tracing = tracing or Tracing()
+        self._itemsize = FIRST_ITEMSIZE
+        self._shared = SharedMemory(lambda: self._stub, shared_memory_bytes) if shared_memory_bytes else None
         self._heard: dict[str, float] = {}  # model -> when it last answered; real answers spare the heartbeat
 
     async def encode(self, pixels: NDArray[np.uint8]) -> Latents:
-        return await self._encode(self._stub, pixels)
+        rows, columns = self._vision.grid(*pixels.shape[1:]) or (1, 1)
+        region = await self._take(rows * columns * math.prod(self._vision.latents_shape) * self._itemsize)
+        try:
+            response = await self._encode(self._stub, encoder_message(pixels, region), region)
+        except NotShared as error:
+            self._turn_off(error)
+            region = None
+            response = await self._encode(self._stub, encoder_message(pixels))
+        latents = read_latents(response, region)
+        self._itemsize = latents.values.itemsize
+        return latents
 
-    async def _encode(self, stub: Any, pixels: NDArray[np.uint8]) -> Latents:
-        message = service_pb2.ModelInferRequest(model_name=VISION_ENCODER, id=request_id.get() or "")
-        _add_input(message, "pixels", "UINT8", (1, *pixels.shape), pixels.tobytes())
+    async def _encode(
+        self, stub: Any, message: service_pb2.ModelInferRequest, region: Region | None = None
+    ) -> service_pb2.ModelInferResponse:
         with self._tracing.call("encode") as trace:
             try:
                 response = await stub.ModelInfer(message, metadata=trace)
             except grpc.aio.AioRpcError as error:
+                _check_shared(error.details(), region)
                 raise from_grpc(error.code(), error.details()) from error
             except asyncio.CancelledError as error:
                 raise _whose_cancel(error) from error
         self._heard[VISION_ENCODER] = time.monotonic()
-        return _read_latents(response)
+        return response
 
-    def generate(self, request: ValidRequest, latents: Mapping[str, Latents]) -> AsyncGenerator[TokenEvent, None]:
-        return self._generate(self._stub, request, latents)
+    async def generate(self, request: ValidRequest, latents: Mapping[str, Latents]) -> AsyncGenerator[TokenEvent, None]:
+        region = await self._gathered(list(latents.values()))
+        try:
+            async with aclosing(self._generate(self._stub, request, latents, region)) as events:
+                async for event in events:
+                    yield event
+        except NotShared as error:  # before anything was computed
+            self._turn_off(error)
+            async with aclosing(self._generate(self._stub, request, latents)) as events:
+                async for event in events:
+                    yield event
+
+    async def _take(self, num_bytes: int) -> Region | None:
+        """Memory that Triton sees, too. None: what would lie there is to be sent."""
+        if self._shared is None or num_bytes < MIN_SHARED_BYTES:
+            return None
+        return await self._shared.take(num_bytes)
+
+    def _turn_off(self, error: NotShared) -> None:
+        if self._shared is not None:
+            self._shared.turn_off(error)
+
+    async def _gathered(self, latents: Sequence[Latents]) -> Region | None:
+        """All of a request's, one after the other. A single one lies where the encoder has put it."""
+        if self._shared is None or not self._shared.is_on:
+            return None
+        if len(latents) == 1 and latents[0].region is not None:
+            region: Region = latents[0].region
+            return region
+        region_of_all = await self._take(sum(each.values.nbytes for each in latents))
+        if region_of_all is not None:
+            await asyncio.to_thread(_copy, latents, region_of_all)
+        return region_of_all
+
+    async def _message(
+        self, request: ValidRequest, latents: Mapping[str, Latents], region: Region | None
+    ) -> service_pb2.ModelInferRequest:
+        """Off the loop where latents are many bytes that are to go along."""
+        make = partial(decoder_message, request, latents, self._config, region)
+        is_large = region is None and sum(each.values.nbytes for each in latents.values()) >= MIN_SHARED_BYTES
+        return await asyncio.to_thread(make) if is_large else make()
 
     async def _generate(
-        self, stub: Any, request: ValidRequest, latents: Mapping[str, Latents]
+        self, stub: Any, request: ValidRequest, latents: Mapping[str, Latents], region: Region | None = None
     ) -> AsyncGenerator[TokenEvent, None]:
+        message = await self._message(request, latents, region)
         metadata = ((IMAGE_KEY_HEADER, request.image_keys[0]),) if request.image_keys else ()
         with self._tracing.call("generate", pictures=len(request.image_keys), latents=len(latents)) as trace:
             call = stub.ModelStreamInfer(metadata=(*metadata, *trace))
             try:
-                await call.write(decoder_message(request, latents, self._config))
+                await call.write(message)
                 await call.done_writing()
                 while (response := await call.read()) is not grpc.aio.EOF:
                     if response.error_message:
+                        _check_shared(response.error_message, region)
                         raise from_message(response.error_message)
                     self._heard[FUSED_DECODER] = time.monotonic()
-                    yield _read_event(response.infer_response)
+                    yield read_event(response.infer_response)
             except grpc.aio.AioRpcError as error:
+                _check_shared(error.details(), region)
                 raise from_grpc(error.code(), error.details()) from error
             except asyncio.InvalidStateError as error:  # a write on a call that the server has ended
                 raise from_grpc(await call.code(), await call.details()) from error
@@ -146,6 +211,8 @@ class TritonBackend:
         return all(answers)
 
     async def close(self) -> None:
+        if self._shared is not None:
+            await self._shared.close()
         for channel in self._channels:
             await channel.close()
 
@@ -172,7 +239,7 @@ class TritonBackend:
             async with asyncio.timeout(self._heartbeat_timeout_s):
                 await self._check_ready(stub, model)
                 if model == VISION_ENCODER:
-                    await self._encode(stub, self._blank)
+                    await self._encode(stub, encoder_message(self._blank, wants_latents=False))
                 else:
                     async for _ in self._generate(stub, self._probe, {}):
                         pass
@@ -193,55 +260,18 @@ class TritonBackend:
             raise Unavailable("The model is not ready.", retry_after_s=5)
 
 
-def decoder_message(
-    request: ValidRequest, latents: Mapping[str, Latents], config: bytes
-) -> service_pb2.ModelInferRequest:
-    """The fused decoder's inputs; see the contract for when one is absent."""
-    message = service_pb2.ModelInferRequest(model_name=FUSED_DECODER, id=request_id.get() or "")
-    input_ids = np.asarray(request.input_ids, "<i4")
-    _add_input(message, "input_ids", "INT32", input_ids.shape, input_ids.tobytes())
-    if request.image_keys:
-        keys = bytes.fromhex("".join(request.image_keys))
-        _add_input(message, "image_keys", "UINT8", (len(request.image_keys), 32), keys)
-        positions = np.asarray(request.image_positions, "<i4")
-        _add_input(message, "image_positions", "INT32", positions.shape, positions.tobytes())
-    if latents:
-        stacked = np.stack([each.values for each in latents.values()])  # [S, R, E]
-        _add_input(message, "latents", "FP16" if stacked.itemsize == 2 else "FP32", stacked.shape, stacked.tobytes())
-        index = np.asarray([request.image_keys.index(key) for key in latents], "<i4")
-        _add_input(message, "latent_index", "INT32", index.shape, index.tobytes())
-        makers = b"".join(each.checkpoint for each in latents.values())
-        _add_input(message, "latents_checkpoint", "UINT8", (len(latents), 32), makers)
-    _add_input(message, "config", "UINT8", (32,), config)
-    if request.cache_salt:
-        _add_input(message, "cache_salt", "UINT8", (32,), request.cache_salt)
-    sampling = request.sampling.to_json().encode()
-    _add_input(message, "sampling", "UINT8", (len(sampling),), sampling)
-    return message
+def _copy(latents: Sequence[Latents], region: Region) -> None:
+    place = 0
+    for each in latents:
+        values = each.values.reshape(-1).view(np.uint8)
+        region.memory[place : place + len(values)] = values
+        place += len(values)
 
 
-def _add_input(
-    message: service_pb2.ModelInferRequest, name: str, datatype: str, shape: tuple[int, ...], raw: bytes
-) -> None:
-    message.inputs.add(name=name, datatype=datatype, shape=shape)
-    message.raw_input_contents.append(raw)
-
-
-def _read_event(response: service_pb2.ModelInferResponse) -> TokenEvent:
-    raw = {output.name: response.raw_output_contents[index] for index, output in enumerate(response.outputs)}
-    token_ids = np.frombuffer(raw["token_ids"], "<i4").tolist()
-    event = raw["event"]
-    return TokenEvent(tuple(token_ids)) if event == b"{}" else TokenEvent.from_json(event, token_ids)
-
-
-def _read_latents(response: service_pb2.ModelInferResponse) -> Latents:
-    outputs = {
-        output.name: (output, raw) for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
-    described, raw = outputs["latents"]
-    dtype = {"FP16": "<f2", "FP32": "<f4"}[described.datatype]
-    values = np.frombuffer(raw, dtype).reshape(tuple(described.shape))  # [1, R, E]
-    return Latents(values[0], outputs["checkpoint"][1])
+def _check_shared(message: str | None, region: Region | None) -> None:
+    """Raises NotShared if what Triton says is about a region: it may have been started anew since."""
+    if region is not None and region.name in (message or ""):
+        raise NotShared(message)
 
 
 def _whose_cancel(error: asyncio.CancelledError) -> BaseException:

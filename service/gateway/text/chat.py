@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from service.errors import InvalidRequest
 
 ImageText = Callable[[bool], str]
+PROBE = "crossgate probe"
 
 
 class TemplateRefusal(jinja2.TemplateError):
@@ -36,7 +37,9 @@ class ChatTemplate:
             raise InvalidRequest("The checkpoint's chat template is not valid jinja.", param="MODEL_PATH") from error
         self._image_text = image_text
         self._special_tokens = special_tokens
-        self._takes_strings = self._probe()
+        self._takes_strings = PROBE in self._try(PROBE)
+        written = self._try([{"type": "image"}, {"type": "image"}, {"type": "text", "text": PROBE}])
+        self._writes_pictures = image_text(False) + image_text(True) + PROBE in written
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """`content` of each message: a list of {"type": "text", "text"} and {"type": "image"}.
@@ -44,7 +47,7 @@ class ChatTemplate:
         Raises InvalidRequest if the template refuses the messages.
         """
         if self._takes_strings:
-            messages = [{**message, "content": self._as_string(message["content"])} for message in messages]
+            messages = [{**message, "content": self._as_string_or_parts(message["content"])} for message in messages]
         try:
             return self._render(messages)
         except TemplateRefusal as error:
@@ -55,16 +58,21 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
 
-    def _probe(self) -> bool:
-        """Whether content may be a string. Else it wants the parts and writes the picture's text itself."""
-        probe = "crossgate probe"
+    def _try(self, content: str | list[dict[str, str]]) -> str:
+        """What it writes of a message with such content; nothing if it fails, whatever it raises."""
         try:
-            return probe in self._render([{"role": "user", "content": probe}])
-        except Exception:  # a template that fails on a string: whatever it raised, it wants parts
-            return False
+            return self._render([{"role": "user", "content": content}])
+        except Exception:
+            return ""
 
-    def _as_string(self, content: list[dict[str, str]]) -> str:
-        """Texts that follow each other get a line each; a picture's text stands right where the picture does."""
+    def _as_string_or_parts(self, content: list[dict[str, str]]) -> str | list[dict[str, str]]:
+        """Texts that follow each other get a line each; a picture's text stands right where the picture does.
+
+        A template that writes pictures itself as the family does is shown the parts where there are some: it may write
+        another opening then. How it writes texts that follow each other is its own business.
+        """
+        if self._writes_pictures and any(part["type"] == "image" for part in content):
+            return content
         text = ""
         before = ""
         for part in content:

@@ -52,7 +52,7 @@ class Rig:
 async def test_every_picture_of_a_request_comes_under_its_own_key() -> None:
     rig = Rig(max_calls=2)
     found = await rig.ask(*KEYS[:9])
-    assert {key: latents.values[0, 0] for key, latents in found.items()} == {key: int(key, 16) for key in KEYS[:9]}
+    assert {key: latents.values[0, 0, 0] for key, latents in found.items()} == {key: int(key, 16) for key in KEYS[:9]}
     rig.assert_nothing_left()
 
 
@@ -83,7 +83,7 @@ async def test_an_encoding_that_nobody_wants_any_more_is_cancelled_and_can_be_as
     assert rig.backend.num_encoding == 0
     rig.assert_nothing_left()
     gate.set()
-    assert (await rig.ask(KEYS[0]))[KEYS[0]].values.shape == (4, 8)
+    assert (await rig.ask(KEYS[0]))[KEYS[0]].values.shape == (1, 4, 8)
 
 
 async def test_no_more_are_under_way_than_allowed_however_many_ask() -> None:
@@ -187,14 +187,14 @@ async def test_a_picture_larger_than_the_cache_takes_nothing_out_of_it() -> None
     await rig.ask(KEYS[0])
     small, rig.backend.encode = rig.backend.encode, large_latents  # type: ignore[method-assign]
     for _ in range(2):
-        assert (await rig.ask(KEYS[1]))[KEYS[1]].values.shape == (5, 8)
+        assert (await rig.ask(KEYS[1]))[KEYS[1]].values.shape == (1, 5, 8)
     rig.backend.encode = small  # type: ignore[method-assign]
     await rig.ask(KEYS[0])
     assert rig.order == [0, 1, 1]
 
 
 async def large_latents(picture: np.ndarray) -> Latents:
-    return Latents(np.zeros((5, 8), np.float32), bytes(32))
+    return Latents(np.zeros((1, 5, 8), np.float32), bytes(32))
 
 
 async def test_the_seconds_of_each_encoding_are_told() -> None:
@@ -254,7 +254,7 @@ async def test_an_encoding_that_cannot_be_stopped_ends_quietly_and_is_kept() -> 
     async def stubborn(picture: np.ndarray) -> Latents:
         with suppress(asyncio.CancelledError):
             await gate.wait()
-        return Latents(np.zeros((4, 8), np.float32), bytes(32))
+        return Latents(np.zeros((1, 4, 8), np.float32), bytes(32))
 
     rig.backend.encode = stubborn  # type: ignore[method-assign]
     leaver = rig.ask(KEYS[0])
@@ -262,7 +262,7 @@ async def test_an_encoding_that_cannot_be_stopped_ends_quietly_and_is_kept() -> 
     leaver.cancel()
     await asyncio.gather(leaver, return_exceptions=True)
     await asyncio.sleep(0.01)
-    assert (await rig.ask(KEYS[0]))[KEYS[0]].values.shape == (4, 8)
+    assert (await rig.ask(KEYS[0]))[KEYS[0]].values.shape == (1, 4, 8)
     assert rig.order == [0]
     rig.assert_nothing_left()
     del leaver
@@ -281,7 +281,7 @@ async def test_an_encoding_that_lands_late_takes_nothing_from_the_one_that_came_
             await first.wait()
         else:
             await second.wait()
-        return Latents(np.zeros((4, 8), np.float32), bytes(32))
+        return Latents(np.zeros((1, 4, 8), np.float32), bytes(32))
 
     rig.backend.encode = stubborn  # type: ignore[method-assign]
     leaver = rig.ask(KEYS[0])

@@ -23,6 +23,7 @@ from service.errors import (
     StageTimeout,
     Unavailable,
 )
+from service.families.vision import VisionConfig, VitConfig
 from service.gateway.pictures.encode import Latents
 from service.gateway.stages.failures import from_grpc
 from service.gateway.stages.triton import TritonBackend
@@ -36,10 +37,12 @@ SCRIPT = (11, 12, 13, 14)
 CONFIG = "cd" * 32
 
 
-def connect(port: int, *, config: str = CONFIG, heartbeat_timeout_s: float = 20.0) -> TritonBackend:
-    return TritonBackend(
-        f"127.0.0.1:{port}", config=config, image_size=8, probe_token=5, heartbeat_timeout_s=heartbeat_timeout_s
-    )
+VISION = VisionConfig(VitConfig(8, 8, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 4, 1, 1, 16))
+
+
+def connect(port: int, *, config: str = CONFIG, heartbeat_timeout_s: float = 20.0, **options: Any) -> TritonBackend:
+    options = {"vision": VISION, "probe_token": 5, **options}
+    return TritonBackend(f"127.0.0.1:{port}", config=config, heartbeat_timeout_s=heartbeat_timeout_s, **options)
 
 
 @asynccontextmanager
@@ -62,7 +65,7 @@ async def everything(client: TritonBackend, request: ValidRequest = REQUEST, lat
 
 
 async def test_a_request_crosses_the_wire_whole() -> None:
-    latents = {KEYS[1]: Latents(np.arange(32, dtype=np.float16).reshape(4, 8), bytes(32))}
+    latents = {KEYS[1]: Latents(np.arange(32, dtype=np.float16).reshape(1, 4, 8), bytes(32))}
     async with triton() as (client, fake):
         fake.backend.resident = {KEYS[0]}
         events = [event async for event in client.generate(REQUEST, latents)]
@@ -82,7 +85,7 @@ async def test_a_request_crosses_the_wire_whole() -> None:
 async def test_latents_come_as_the_encoder_gives_them() -> None:
     async with triton() as (client, _):
         latents = (await client.encode(np.full((3, 8, 8), 6, np.uint8))).values
-    assert latents.shape == (4, 8) and latents.dtype == np.float16 and (latents == 6).all()
+    assert latents.shape == (1, 4, 8) and latents.dtype == np.float16 and (latents == 6).all()
 
 
 async def test_latents_say_whose_they_are_and_those_of_another_checkpoint_are_refused() -> None:

@@ -49,7 +49,7 @@ async def traced(family, tokenizer, backend, exporter) -> AsyncIterator[tuple[ht
     client = TritonBackend(
         f"127.0.0.1:{port}",
         config=family.config_identity,
-        image_size=family.vision.encoder.image_size,
+        vision=family.vision,
         probe_token=5,
         heartbeat_timeout_s=20.0,
         tracing=tracing,

@@ -37,7 +37,7 @@ def test_predicted_bytes_are_those_of_the_pools(checkpoint: Path, dtype: str) ->
     measured = measured_bytes(checkpoint, dtype)
     capacity = plan(load_family(checkpoint).decoder, dtype, memory_bytes=0)
     assert measured.block == pytest.approx(capacity.token_bytes * BLOCK_SIZE, rel=0.05)
-    assert measured.picture == pytest.approx(capacity.picture_bytes, rel=0.05)
+    assert measured.picture == pytest.approx(capacity.page_bytes, rel=0.05)
 
 
 def test_a_prediction_that_is_off_is_not_met() -> None:
