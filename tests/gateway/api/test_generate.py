@@ -144,7 +144,7 @@ async def test_images_do_not_leak_between_requests(connect: Connect, backend: Fa
     assert {reply.status_code for reply in replies} == {200}
     by_prompt = sorted(backend.requests, key=lambda request: request.input_ids)
     assert len({request.image_keys for request in by_prompt}) == len(greys)
-    assert [backend.latents[request.image_keys[0]].values[0, 0] for request in by_prompt] == list(range(0, 240, 30))
+    assert [backend.latents[request.image_keys[0]].values[0, 0, 0] for request in by_prompt] == list(range(0, 240, 30))
 
 
 async def test_an_error_after_the_first_byte_is_an_event_without_done(connect: Connect, backend: FakeBackend) -> None:
