@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 
-def free_host_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """What is free on the host, but no more than what is left of each limit. Never below 0."""
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def free_host_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP, meminfo: Path = MEMINFO) -> int:
+    """What the host can give, but no more than what is left of each limit. Never below 0."""
+    host = _available(meminfo)
     return max(0, min([host, *(limit - held for limit, held in _limits(cgroups, membership))]))
+
+
+def _available(meminfo: Path) -> int:
+    """The page cache included, which the kernel takes back: a host that has read much has little that is unused."""
+    lines = meminfo.read_text(encoding="ascii").splitlines()
+    (kibibytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kibibytes) << 10
 
 
 def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:

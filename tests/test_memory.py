@@ -49,6 +49,11 @@ def test_without_a_limit_the_hosts_memory_counts(tmp_path: Path, membership: Pat
     assert host / 1000 < free_host_bytes(tmp_path, membership) <= host
 
 
+def test_what_the_host_has_read_into_its_cache_is_free(tmp_path: Path, membership: Path) -> None:
+    meminfo = _write(tmp_path / "meminfo", "MemTotal: 900 kB\nMemFree: 1 kB\nMemAvailable:   640 kB\nCached: 650 kB\n")
+    assert free_host_bytes(tmp_path, membership, meminfo) == 640 << 10
+
+
 def test_a_cgroup_that_is_full_leaves_nothing(tmp_path: Path, membership: Path) -> None:
     _cgroup(tmp_path / "pods" / "one", limit="8M", current=9)
     assert free_host_bytes(tmp_path, membership) == 0
