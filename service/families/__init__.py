@@ -34,12 +34,7 @@ def load_family(folder: Path) -> Family:
             except KeyError as error:
                 lack = f"{config_file} lacks {error}, which a {model_type} checkpoint needs."
                 raise InvalidRequest(lack, param="MODEL_PATH") from error
-            except (
-                ValueError,
-                TypeError,
-                AttributeError,
-                ZeroDivisionError,
-            ) as error:  # not known, or not an object where one belongs
+            except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # not what a config may hold
                 raise InvalidRequest(f"{config_file}: {error}.", param="MODEL_PATH") from error
             return family
         known.extend(model_types)

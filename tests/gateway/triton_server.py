@@ -63,6 +63,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.SystemSharedMemoryUnregisterResponse()
 
     async def SystemSharedMemoryStatus(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if self.shared_memory_is_silent:
+            await asyncio.sleep(3600)
+        if self.shared_memory_says is not None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.shared_memory_says)
         status = service_pb2.SystemSharedMemoryStatusResponse()
         for name in self.regions:
             status.regions[name].name = name

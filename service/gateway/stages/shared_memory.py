@@ -104,7 +104,11 @@ class SharedMemory:
         try:
             if self._sweep is None:
                 self._sweep = self._start(self._let_go_of_the_dead())
-            await self._sweep
+            try:
+                await self._sweep
+            except (OSError, grpc.RpcError, grpc.aio.UsageError):
+                self._sweep = None  # the next one tries again
+                raise
             memory = await asyncio.to_thread(self._map, name, num_bytes)
             try:
                 request = service_pb2.SystemSharedMemoryRegisterRequest(name=name, key=f"/{name}", byte_size=num_bytes)
@@ -112,7 +116,6 @@ class SharedMemory:
             finally:
                 (self._folder / name).unlink()
         except (OSError, grpc.RpcError, grpc.aio.UsageError) as error:
-            self._sweep = self._sweep if self._sweep and self._sweep.done() and not self._sweep.exception() else None
             self._start(self._unregister(name))  # its answer may have been lost
             self.turn_off(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
             return None
@@ -134,8 +137,9 @@ class SharedMemory:
 
     async def _let_go_of_the_dead(self) -> None:
         """Once, before the first region."""
-        self._lock = os.open(self._folder / self._owner, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if self._lock is None:
+            self._lock = os.open(self._folder / self._owner, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         request = service_pb2.SystemSharedMemoryStatusRequest()
         status = await self._stub().SystemSharedMemoryStatus(request, timeout=CALL_TIMEOUT_S)
         ours = [name for name in status.regions if name.startswith(f"{PREFIX}.")]
